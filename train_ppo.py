@@ -1,0 +1,1473 @@
+"""PPO for Isaac Gym in one file: train, log, checkpoint, continue, play.
+
+    python train_ppo.py                                             train the built-in Cartpole (seconds, any machine)
+    python train_ppo.py --env-id Ant --track                        an IsaacGymEnvs task, metrics to Weights & Biases too
+    python train_ppo.py --env-id my_module:make_env                 your own batched environment
+    python train_ppo.py --checkpoint runs/NAME                      continue a run where it stopped
+    python train_ppo.py --play --checkpoint runs/NAME/nn/best.pth   evaluate a policy
+    python train_ppo.py --help                                      every argument
+
+Read it top to bottom. To find a thing, search for its section:
+
+    1  ARGUMENTS      Args, and where a value comes from: flag > checkpoint > task's yaml > default
+    2  ENVIRONMENTS   Cartpole (plain torch), Isaac Gym, module:factory
+    3  NETWORKS       RunningMeanStd, ActorCritic
+    4  METRICS        WindowMeter, EpisodeMeter, Writer (TensorBoard)
+    5  OBSERVERS      AlgoObserver, RLGPUAlgoObserver, WandbAlgoObserver (how a metric reaches W&B), MultiObserver
+    6  CHECKPOINTS    save_checkpoint, load_checkpoint, newest_checkpoint
+    7  PPO            gae, ppo_loss, PPOAgent: rollout, update, train; save_checkpoints (where best.pth is written)
+    8  PLAY           play
+    9  RUNNER         run folder, stop signals, Runner, parse_args, main
+
+Shapes: T = num_steps, E = num_envs, N = T * E, O = num_obs, A = num_acts.
+"""
+import contextlib
+import importlib
+import importlib.util
+import json
+import math
+import os
+import pickle
+import platform
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import uuid
+import zipfile
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Dict, List, Literal, NamedTuple, Optional, Tuple
+
+import numpy as np
+
+# isaacgym refuses to be imported after torch, so it comes first, and before anything that imports torch.
+ISAACGYM_ERROR: Optional[str] = "it is not installed"  # None once it is imported
+if importlib.util.find_spec("isaacgym") is not None:
+    vars(np).setdefault("float", float)  # isaacgym.torch_utils still says np.float, gone since numpy 1.24
+    try:
+        import isaacgym  # noqa: F401
+
+        ISAACGYM_ERROR = None
+    except Exception as exc:  # torch first ("import train_ppo before torch"), libpython not found, no driver ...
+        ISAACGYM_ERROR = f"importing it failed: {exc}"
+
+import torch  # noqa: E402
+import tyro  # noqa: E402
+from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.utils.tensorboard import SummaryWriter  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: `main` prints it as one line and exits with 2."""
+
+
+def log(message: str) -> None:
+    """Print a line without tearing the live progress line."""
+    tqdm.write(message)
+    sys.stdout.flush()
+
+
+def warn(message: str) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+# ======================================================================================================================
+# 1  ARGUMENTS
+# ======================================================================================================================
+
+
+@dataclass
+class Args:
+    """Names are CleanRL's; (rl_games: ...) is the same setting in a `<Task>PPO.yaml`. Defaults are CartpolePPO.yaml's."""
+
+    env_id: str = "Cartpole"  # "Cartpole" (built in), an IsaacGymEnvs task such as "Ant", or "module:factory" with factory(num_envs, device, seed)
+    sim: Literal["auto", "isaacgym", "torch"] = "auto"  # who simulates a task given by name; auto: Isaac Gym where it is installed, else the built-in torch Cartpole
+    num_envs: int = 512  # parallel environments (rl_games: num_actors)
+    seed: int = 42  # seeds Python, numpy and torch, before the environment is made and again before its first step
+    torch_deterministic: bool = False  # use deterministic torch kernels only (slower on a GPU)
+    device: str = "auto"  # where simulation, policy and rollouts live: auto, cpu, cuda, cuda:1
+    torch_threads: int = 1  # CPU threads for torch; 1 is fastest for small networks, 0 leaves torch's own default
+    headless: bool = True  # Isaac Gym without its viewer window
+
+    # the run
+    experiment: str = ""  # name of the run's folder; empty: <env_id>_<date>_<time>. Made unique: a run never writes into another's folder
+    train_dir: str = "runs"  # folder of all runs
+    checkpoint: str = ""  # file or run folder to continue, or with --play to evaluate
+    init_from: str = ""  # file or run folder: a new run that starts from these weights and normalisers
+    max_epochs: int = 100  # stop after this epoch, counted over all continuations (one epoch = one rollout and its update)
+    save_frequency: int = 25  # epochs between the periodic checkpoints nn/epoch_<N>.pth; 0: none
+    save_best_after: int = 50  # first epoch that may write nn/best.pth
+    keep_last: int = 0  # keep only this many of the newest periodic checkpoints; 0: all
+    games_to_track: int = 100  # finished episodes in the window that "mean reward" is taken over
+
+    # play
+    play: bool = False  # evaluate --checkpoint instead of training; writes nothing
+    games: int = 0  # with --play: episodes in all, rounded up to the same number for each env; 0: one an env
+    stochastic: bool = False  # with --play: sample actions as in training instead of taking the mean action
+
+    # Weights & Biases
+    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
+    wandb_project_name: str = "train_ppo"  # its project
+    wandb_entity: str = ""  # its team or user; empty: your default
+    wandb_group: str = ""  # groups runs in the dashboard
+    wandb_tags: Tuple[str, ...] = ()  # tags of the run
+
+    # PPO
+    num_steps: int = 16  # steps per env and rollout (rl_games: horizon_length)
+    minibatch_size: int = 8192  # samples per gradient step; a smaller rollout is one minibatch
+    update_epochs: int = 8  # passes over each rollout (rl_games: mini_epochs)
+    learning_rate: float = 3e-4  # Adam's learning rate, the initial one unless lr_schedule is fixed
+    lr_schedule: Literal["adaptive", "linear", "fixed"] = "adaptive"  # adaptive: follows the KL divergence; linear: decays to 1e-6 at max_epochs (CleanRL: anneal_lr)
+    schedule_type: Literal["legacy", "standard"] = "legacy"  # the adaptive schedule steps once a minibatch (legacy) or once an update epoch (standard)
+    kl_threshold: float = 0.008  # the KL divergence between consecutive policies that the adaptive schedule aims at
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation (rl_games: tau)
+    clip_coef: float = 0.2  # clip range of the probability ratio, and of the value if clip_vloss (rl_games: e_clip)
+    clip_vloss: bool = True  # clip the value loss too (rl_games: clip_value)
+    vf_coef: float = 4.0  # weight of half the squared value error (rl_games: critic_coef)
+    ent_coef: float = 0.0  # weight of the entropy bonus (rl_games: entropy_coef)
+    bounds_loss_coef: float = 1e-4  # weight of the loss that pulls mean actions back into [-1.1, 1.1]
+    max_grad_norm: float = 1.0  # clip the gradient's norm; 0: don't (rl_games: grad_norm, truncate_grads)
+    norm_adv: bool = True  # normalise advantages over the rollout (rl_games: normalize_advantage)
+    normalize_input: bool = True  # normalise observations with running statistics
+    normalize_value: bool = True  # normalise returns with running statistics; the value head then learns unit-scale targets
+    value_bootstrap: bool = True  # add gamma * V(s) to the reward where an episode was cut by the clock
+    reward_scale: float = 0.1  # multiplies rewards before learning; reported rewards stay raw (rl_games: reward_shaper.scale_value)
+    clip_actions: bool = True  # clip actions to [-1, 1] on their way to the env
+    mixed_precision: bool = False  # bfloat16 autocast in the update, on CUDA only
+
+    # network
+    units: Tuple[int, ...] = (32, 32)  # hidden layers of the MLP
+    activation: Literal["elu", "relu", "tanh", "selu", "gelu", "swish"] = "elu"  # its activation
+    separate: bool = False  # give the value function an MLP of its own
+    sigma_init: float = 0.0  # initial log standard deviation of the actions
+
+    def __post_init__(self):
+        at_least = dict.fromkeys(("num_envs", "num_steps", "minibatch_size", "update_epochs", "max_epochs", "games_to_track"), 1)
+        at_least.update(dict.fromkeys((
+            "save_frequency", "save_best_after", "keep_last", "games", "torch_threads", "learning_rate", "kl_threshold", "gamma",
+            "gae_lambda", "clip_coef", "vf_coef", "ent_coef", "bounds_loss_coef", "max_grad_norm"), 0))
+        for name, least in at_least.items():
+            if not getattr(self, name) >= least:  # `not >=` also catches nan
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
+        if any(width < 1 for width in self.units):
+            raise UserError(f"--units must be positive, not {self.units}")
+        batch = self.num_envs * self.num_steps
+        if batch % min(self.minibatch_size, batch):
+            raise UserError(f"{self.num_envs} envs x {self.num_steps} steps = {batch} samples cannot be split into minibatches "
+                            f"of {self.minibatch_size}: choose a --minibatch-size that divides {batch}")
+
+
+# what rl_games and IsaacGymEnvs call our arguments in `params.config`
+RL_GAMES_NAMES = dict(
+    num_actors="num_envs", horizon_length="num_steps", mini_epochs="update_epochs", tau="gae_lambda", e_clip="clip_coef",
+    clip_value="clip_vloss", critic_coef="vf_coef", entropy_coef="ent_coef", grad_norm="max_grad_norm", normalize_advantage="norm_adv",
+)
+
+# ======================================================================================================================
+# 2  ENVIRONMENTS
+#
+# One contract, that of IsaacGymEnvs' VecTask; everything is batched over E = num_envs and stays on one device:
+#     num_envs, num_obs, num_acts   ints
+#     reset()        -> {"obs": (E, O) float32}
+#     step(actions)  -> {"obs": (E, O)}, reward (E,), done (E,), infos; it resets finished envs by itself
+#     infos["time_outs"]  (E,) where the episode was cut by the clock; infos["episode"], any scalar: logged
+#     optional: max_episode_length, get_env_state(), set_env_state(state), set_train_info(frame, algo), close(),
+#               exact_state = True: get_env_state() holds the whole simulation, so a run can continue to the last bit
+#               next_step_autoreset = True: the step after a done ignores its action and resets; the update leaves it out
+# ======================================================================================================================
+
+
+class Cartpole:
+    """IsaacGymEnvs' Cartpole task with its physics written out in torch, as one batch.
+
+    State and observation: cart position [m] and velocity [m/s], pole angle from upright [rad] and angular velocity [rad/s].
+    Action: force on the cart in units of 400 N. Like the original, the observation returned with done=1 is the episode's
+    last one, and the *next* step ignores the action, resets that env and returns its first observation.
+
+    Nothing depends on a value on the device (torch.where instead of indexing), so a step never waits for a GPU.
+    """
+
+    num_obs, num_acts, max_episode_length = 4, 1, 500
+    exact_state = next_step_autoreset = True
+
+    def __init__(self, num_envs: int, device: torch.device):
+        self.num_envs, self.device = num_envs, device
+        self.state = torch.zeros(4, num_envs, device=device)  # x, x_dot, theta, theta_dot
+        self.progress = torch.zeros(num_envs, dtype=torch.long, device=device)
+        self.reset_buf = torch.ones(num_envs, dtype=torch.long, device=device)
+        self.reset_scale = torch.tensor([[0.2], [0.5], [0.2], [0.5]], device=device)
+
+    def reset(self) -> Dict[str, Tensor]:
+        return {"obs": self.state.t().clamp(-5.0, 5.0)}
+
+    def step(self, actions: Tensor):
+        force = 400.0 * actions[:, 0].clamp(-1.0, 1.0)
+        resetting = self.reset_buf.bool()
+        fresh = (torch.rand_like(self.state) - 0.5) * self.reset_scale
+        self.state = torch.where(resetting, fresh, self._simulate(force))
+        self.progress = torch.where(resetting, 0, self.progress + 1)
+
+        x, x_dot, theta, theta_dot = self.state
+        fell = (x.abs() > 3.0) | (theta.abs() > math.pi / 2)
+        reward = 1.0 - theta.square() - 0.01 * x_dot.abs() - 0.005 * theta_dot.abs()
+        reward = torch.where(fell, -2.0, reward)
+        late = self.progress >= self.max_episode_length - 1
+        self.reset_buf = (fell | late).long()
+        # as in VecTask, an episode that ends on the last tick counts as timed out even if the pole fell on it
+        return self.reset(), reward, self.reset_buf, {"time_outs": late}
+
+    def _simulate(self, force: Tensor, dt: float = 0.0166, substeps: int = 2) -> Tensor:
+        """Semi-implicit Euler on the two equations of motion; a positive angle leans towards negative x.
+
+            (M + m) x'' - m l cos(th) th'' = F - m l sin(th) th'^2
+            (I + m l^2) th'' - m l cos(th) x'' = m g l sin(th)
+        """
+        M, m, l, g = 1.0, 1.0, 0.47, 9.81  # kg, kg, m to the pole's centre, m/s^2
+        inertia = m * (0.06**2 + 1.0**2) / 12 + m * l * l  # of a 0.04 x 0.06 x 1.0 m box, about the hinge
+        x, x_dot, theta, theta_dot = self.state
+        h = dt / substeps
+        for _ in range(substeps):
+            sin, cos = theta.sin(), theta.cos()
+            coupling = m * l * cos
+            a = force - m * l * sin * theta_dot.square()
+            b = m * g * l * sin
+            det = (M + m) * inertia - coupling.square()
+            x_dot = x_dot + h * (inertia * a + coupling * b) / det
+            theta_dot = (theta_dot + h * (coupling * a + (M + m) * b) / det).clamp(-8.0, 8.0)  # joint limit
+            x, theta = x + h * x_dot, theta + h * theta_dot
+        return torch.stack((x, x_dot, theta, theta_dot))
+
+    def get_env_state(self) -> Dict[str, Tensor]:
+        return {"state": self.state, "progress": self.progress, "reset_buf": self.reset_buf}
+
+    def set_env_state(self, env_state: Dict[str, Tensor]) -> None:
+        for name, value in env_state.items():
+            setattr(self, name, value.to(self.device))
+
+
+def compose_isaacgym_config(args: Args, num_envs: Any = ""):
+    """The hydra config of an IsaacGymEnvs task, as its train.py composes it. num_envs "": the task's own number."""
+    try:
+        import isaacgymenvs  # registers the resolvers that its yaml files use
+        from hydra import compose, initialize_config_dir
+        from hydra.errors import MissingConfigException
+    except ImportError as exc:
+        raise UserError(f"--env-id {args.env_id} needs IsaacGymEnvs beside Isaac Gym, but importing it failed: {exc} (README, Isaac Gym)")
+    config_dir = os.path.join(os.path.dirname(os.path.abspath(isaacgymenvs.__file__)), "cfg")
+    device = pick_device(args.device)
+    overrides = [
+        f"task={args.env_id}", f"num_envs={num_envs}", f"seed={args.seed}", f"headless={args.headless}",
+        f"sim_device={device}", f"rl_device={device}", f"graphics_device_id={device.index or 0}",
+        # sim_device alone is not enough: physx.use_gpu and the pipeline are decided by the config
+        f"pipeline={'gpu' if device.type == 'cuda' else 'cpu'}",
+    ]
+    try:
+        with initialize_config_dir(config_dir=config_dir, version_base="1.1"):
+            return compose(config_name="config", overrides=overrides)
+    except MissingConfigException:
+        tasks = sorted(name[:-5] for name in os.listdir(os.path.join(config_dir, "task")) if name.endswith(".yaml"))
+        raise UserError(f"unknown --env-id {args.env_id}: IsaacGymEnvs has {', '.join(tasks)}; your own env is --env-id module:factory")
+
+
+def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
+    """Our arguments from the `params` of a `<Task>PPO.yaml`; UserError if the task needs an algorithm that is not in this file."""
+    config, network = dict(params["config"]), params["network"]
+    space, mlp = network.get("space", {}), network.get("mlp", {})
+    normal = space.get("continuous", {})
+    shaper = dict(config.pop("reward_shaper", {}))
+    unset = (None, "None", False)
+    needs = {
+        f"the algorithm {params['algo']['name']}": params["algo"]["name"] != "a2c_continuous",
+        f"the model {params['model']['name']}": params["model"]["name"] != "continuous_a2c_logstd",
+        f"the network {network['name']}": network["name"] != "actor_critic",
+        "a recurrent network (LSTM or GRU)": "rnn" in network,
+        "a convolutional network": "cnn" in network,
+        "a central value network": config.get("central_value_config") not in unset,
+        "discrete actions": bool(space) and "continuous" not in space,
+        "a state-dependent sigma": normal.get("fixed_sigma", True) is not True,
+        "an activation on the mean action": normal.get("mu_activation") not in unset,
+        "d2rl layers": mlp.get("d2rl", False),
+        "layer normalisation": network.get("normalization") not in unset,
+        "normalize_rms_advantage": config.pop("normalize_rms_advantage", False),
+        "use_smooth_clamp": config.pop("use_smooth_clamp", False),
+        "a bound_loss_type other than bound": config.pop("bound_loss_type", "bound") != "bound",
+        "a reward_shaper beyond scale_value": any(v not in (0, None, False) for k, v in shaper.items() if k not in ("scale_value", "is_torch")),
+    }
+    needed = [what for what, needs_it in needs.items() if needs_it]
+    if needed:
+        raise UserError(f"--env-id {task} cannot be trained here: its settings ask for {', '.join(needed)}, which this file leaves out")
+
+    if not config.pop("truncate_grads", False):
+        config["grad_norm"] = 0.0
+    if config.get("lr_schedule") not in ("adaptive", "linear"):  # "fixed", "constant", "identity", None: all mean the same
+        config["lr_schedule"] = "fixed"
+    config["bounds_loss_coef"] = config.get("bounds_loss_coef") or 0.0
+    config["reward_scale"] = shaper.get("scale_value", 1.0)
+    config.update(units=mlp.get("units", ()), activation=mlp.get("activation", "elu"), separate=network.get("separate", False),
+                  sigma_init=normal.get("sigma_init", {}).get("val", 0.0))
+    ignored = {"name", "full_experiment_name", "env_name", "multi_gpu", "ppo", "device", "device_name", "print_stats", "player",
+               "score_to_win", "seq_len", "seq_length", "zero_rnn_on_done", "central_value_config", "train_dir"}
+    types = {f.name: f.type for f in fields(Args)}
+    settings = {}
+    for key, value in config.items():
+        name = RL_GAMES_NAMES.get(key, key)
+        if name in types:
+            # yaml reads 3e-4 as a string and 4 as an int: give each value its argument's type
+            settings[name] = types[name](value) if types[name] in (int, float, bool) else tuple(value) if name == "units" else value
+        elif key not in ignored:
+            warn(f"{task}PPO.yaml sets {key} = {value}, which this file does not know: ignored")
+    return settings
+
+
+def make_factory_env(args: Args):
+    """--env-id module:factory, and a check that what the factory returns keeps the contract at the top of this section."""
+    module, _, factory = args.env_id.partition(":")
+    sys.path.insert(0, os.getcwd())  # as for `python -m`
+    try:
+        make = getattr(importlib.import_module(module), factory)
+    except ModuleNotFoundError as exc:
+        raise UserError(f"--env-id {args.env_id}: cannot import {exc.name}; run from the folder that holds it, or install it")
+    except AttributeError:
+        raise UserError(f"--env-id {args.env_id}: the module {module} has no {factory}")
+    finally:
+        sys.path.pop(0)
+    env = make(num_envs=args.num_envs, device=str(pick_device(args.device)), seed=args.seed)
+
+    def expect(what: str, value: Any, *shape: int) -> None:
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"--env-id {args.env_id} breaks the contract: {what} must be a tensor of shape {shape}, not {got}")
+
+    def expect_obs(where: str, obs: Any) -> None:
+        if not isinstance(obs, dict) or "obs" not in obs:
+            raise UserError(f"--env-id {args.env_id} breaks the contract: {where} must be a dict with key 'obs', not {type(obs).__name__}")
+        expect(f"{where}['obs']", obs["obs"], env.num_envs, env.num_obs)
+
+    for name in ("num_envs", "num_obs", "num_acts"):
+        if not isinstance(getattr(env, name, None), int) or getattr(env, name) < 1:
+            raise UserError(f"--env-id {args.env_id} breaks the contract: {name} must be a positive int, not {getattr(env, name, 'missing')!r}")
+    if env.num_envs != args.num_envs:
+        raise UserError(f"--env-id {args.env_id} breaks the contract: asked for num_envs={args.num_envs}, made {env.num_envs}")
+    expect_obs("reset()", env.reset())
+    result = env.step(torch.zeros(env.num_envs, env.num_acts, device=pick_device(args.device)))
+    if not isinstance(result, tuple) or len(result) != 4 or not isinstance(result[3], dict):
+        raise UserError(f"--env-id {args.env_id} breaks the contract: step() must return (obs, reward, done, infos) with infos a dict")
+    expect_obs("step()[0]", result[0])
+    expect("step()'s reward", result[1], env.num_envs)
+    expect("step()'s done", result[2], env.num_envs)
+    if "time_outs" in result[3]:
+        expect("infos['time_outs']", result[3]["time_outs"], env.num_envs)
+    return env
+
+
+def uses_isaacgym(args: Args) -> bool:
+    """Whether Isaac Gym simulates this task. Installed but broken is an error: another simulator must never step in silently."""
+    if ":" in args.env_id or args.sim == "torch" or (args.sim == "auto" and ISAACGYM_ERROR == "it is not installed"):
+        return False
+    if ISAACGYM_ERROR:
+        raise UserError(f"Isaac Gym cannot be used: {ISAACGYM_ERROR} (README, Isaac Gym; --sim torch has the built-in Cartpole)")
+    return True
+
+
+def make_env(args: Args):
+    """The environment that `args` ask for. Isaac Gym has one simulation per process: call it once."""
+    if ":" in args.env_id:
+        return make_factory_env(args)
+    if not uses_isaacgym(args):
+        if args.env_id != "Cartpole":
+            raise UserError(f"unknown --env-id {args.env_id}: without Isaac Gym only Cartpole is built in; for IsaacGymEnvs' tasks install "
+                            "NVIDIA's Isaac Gym (README, Isaac Gym), for your own use --env-id module:factory")
+        return Cartpole(args.num_envs, pick_device(args.device))
+    import isaacgymenvs
+
+    cfg = compose_isaacgym_config(args, args.num_envs)
+    return isaacgymenvs.make(
+        seed=args.seed, task=args.env_id, num_envs=args.num_envs, sim_device=cfg.sim_device, rl_device=cfg.rl_device,
+        graphics_device_id=cfg.graphics_device_id, headless=args.headless, force_render=not args.headless, cfg=cfg)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device("cuda:0" if name == "cuda" else name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is not a torch device: use cpu, cuda or cuda:<number>")
+    if device.type == "cuda" and (not torch.cuda.is_available() or device.index >= torch.cuda.device_count()):
+        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu, or check the driver")
+    return device
+
+
+# ======================================================================================================================
+# 3  NETWORKS
+#
+# Parameter names and their order are rl_games', so that a checkpoint with its optimizer state moves both ways.
+# ======================================================================================================================
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of everything seen so far, in float64; starts as if one sample of mean 0 and variance 1 had been seen."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("running_var", torch.ones(size, dtype=torch.float64))
+        self.register_buffer("count", torch.ones((), dtype=torch.float64))
+
+    def update(self, x: Tensor) -> None:
+        """Merge a batch x (n, size) by its moments (Chan et al. 1979: parallel variance)."""
+        n = x.shape[0]
+        var, mean = torch.var_mean(x, dim=0, unbiased=False)
+        total = self.count + n
+        delta = mean - self.running_mean
+        m2 = self.running_var * self.count + var * n + delta.square() * self.count * n / total
+        self.running_mean += delta * n / total
+        self.running_var.copy_(m2 / total)
+        self.count.copy_(total)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        # the clamp keeps one broken sensor from saturating the network
+        return ((x - self.running_mean.float()) / (self.running_var.float() + 1e-5).sqrt()).clamp(-5.0, 5.0)
+
+    def denormalize(self, y: Tensor) -> Tensor:
+        return y.clamp(-5.0, 5.0) * (self.running_var.float() + 1e-5).sqrt() + self.running_mean.float()
+
+
+class ActorCritic(nn.Module):
+    """Normalise -> MLP -> mean action and value; one learned log standard deviation per action (rl_games: continuous_a2c_logstd)."""
+
+    ACTIVATIONS = dict(elu=nn.ELU, relu=nn.ReLU, tanh=nn.Tanh, selu=nn.SELU, gelu=nn.GELU, swish=nn.SiLU)
+
+    def __init__(self, num_obs: int, num_acts: int, units: Tuple[int, ...] = (32, 32), activation: str = "elu", separate: bool = False,
+                 sigma_init: float = 0.0, normalize_input: bool = True, normalize_value: bool = True):
+        super().__init__()
+
+        def mlp() -> nn.Sequential:
+            layers: List[nn.Module] = []
+            for size_in, size_out in zip((num_obs, *units), units):
+                layers += [nn.Linear(size_in, size_out), self.ACTIVATIONS[activation]()]
+            return nn.Sequential(*layers)
+
+        width = units[-1] if units else num_obs
+        self.a2c_network = net = nn.Module()
+        net.sigma = nn.Parameter(torch.full((num_acts,), sigma_init))  # the log of sigma, by rl_games' name
+        net.actor_mlp = mlp()
+        if separate:
+            net.critic_mlp = mlp()
+        net.value = nn.Linear(width, 1)
+        net.mu = nn.Linear(width, num_acts)
+        for module in self.modules():  # torch's default weights, zero biases: rl_games' "default" initializer
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        if normalize_input:
+            self.running_mean_std = RunningMeanStd(num_obs)
+        if normalize_value:
+            self.value_mean_std = RunningMeanStd(1)
+        self.normalize_input, self.normalize_value, self.separate = normalize_input, normalize_value, separate
+
+    def norm_obs(self, obs: Tensor) -> Tensor:
+        return self.running_mean_std.normalize(obs) if self.normalize_input else obs
+
+    def norm_value(self, value: Tensor) -> Tensor:
+        return self.value_mean_std.normalize(value.unsqueeze(-1)).squeeze(-1) if self.normalize_value else value
+
+    def denorm_value(self, value: Tensor) -> Tensor:
+        return self.value_mean_std.denormalize(value.unsqueeze(-1)).squeeze(-1) if self.normalize_value else value
+
+    def forward(self, normed_obs: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Normalised observations (n, O) -> mean action (n, A), log std (A,), normalised value (n,)."""
+        net = self.a2c_network
+        features = net.actor_mlp(normed_obs)
+        value_features = net.critic_mlp(normed_obs) if self.separate else features
+        return net.mu(features), net.sigma, net.value(value_features).squeeze(-1)
+
+    @torch.no_grad()
+    def act(self, obs: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Raw observations (n, O) -> sampled action (n, A), its log probability (n,), value in reward units (n,), mean action (n, A)."""
+        mu, logstd, value = self(self.norm_obs(obs))
+        action = mu + logstd.exp() * torch.randn_like(mu)
+        return action, log_prob(action, mu, logstd), self.denorm_value(value), mu
+
+    @torch.no_grad()
+    def value(self, obs: Tensor) -> Tensor:
+        """Raw observations (n, O) -> value in reward units (n,)."""
+        return self.denorm_value(self(self.norm_obs(obs))[2])
+
+
+def log_prob(action: Tensor, mu: Tensor, logstd: Tensor) -> Tensor:
+    """Log density of a diagonal Gaussian: (n, A), (n, A), (A,) -> (n,)."""
+    z = (action - mu) * (-logstd).exp()
+    return -0.5 * z.square().sum(-1) - logstd.sum() - 0.5 * math.log(2 * math.pi) * mu.shape[-1]
+
+
+# ======================================================================================================================
+# 4  METRICS
+# ======================================================================================================================
+
+
+class WindowMeter:
+    """The last `size` values it was given, on the device. `add` has fixed shapes, so it never waits for a GPU."""
+
+    def __init__(self, size: int, width: int, device: torch.device):
+        self.ring = torch.zeros(size + 1, width, device=device)  # the extra row takes the values that are masked out
+        self.count = torch.zeros((), dtype=torch.long, device=device)  # values ever added
+
+    def add(self, values: Tensor, mask: Tensor) -> None:
+        """Add the rows of values (n, width) where mask (n,) is true, oldest first."""
+        size = len(self.ring) - 1
+        rank = mask.cumsum(0)  # 1 for the first row to add, 2 for the second ...
+        total = rank[-1]
+        keep = mask & (rank > total - size)  # of more than `size` rows only the last fit
+        slot = torch.where(keep, (self.count + rank - 1) % size, size)
+        self.ring[slot] = values
+        self.count += total
+
+    def stats(self) -> Tensor:
+        """(3, width): mean, min and max over the window, zeros while it is empty."""
+        size = len(self.ring) - 1
+        rows, filled = self.ring[:size], (torch.arange(size, device=self.ring.device) < self.count).unsqueeze(1)
+        mean = torch.where(filled, rows, 0.0).sum(0) / self.count.clamp(1, size)
+        low, high = (torch.where(filled, rows, fill).unsqueeze(0) for fill in (math.inf, -math.inf))
+        return torch.where(self.count > 0, torch.stack((mean, low.amin((0, 1)), high.amax((0, 1)))), 0.0)
+
+    def state_dict(self) -> Dict[str, Tensor]:
+        return {"ring": self.ring, "count": self.count}
+
+    def load_state_dict(self, state: Dict[str, Tensor]) -> None:
+        if state["ring"].shape == self.ring.shape:  # another games_to_track starts a new window
+            self.ring.copy_(state["ring"])
+            self.count.copy_(state["count"])
+
+
+class EpisodeMeter:
+    """Return, shaped return and length of each running episode, and of the last `games_to_track` finished ones."""
+
+    def __init__(self, num_envs: int, games_to_track: int, device: torch.device):
+        self.running = torch.zeros(num_envs, 3, device=device)
+        self.finished = WindowMeter(games_to_track, 3, device)
+
+    def add_rollout(self, rewards: Tensor, shaped_rewards: Tensor, dones: Tensor) -> Tensor:
+        """Three (T, E) tensors; returns the length of the longest episode that ended among them, 0 if none did."""
+        steps = torch.stack((rewards, shaped_rewards, torch.ones_like(rewards)), dim=-1)  # (T, E, 3)
+        for t in range(len(steps)):
+            self.running += steps[t]
+            steps[t] = self.running
+            self.running *= 1.0 - dones[t].unsqueeze(1)
+        self.finished.add(steps.flatten(0, 1), dones.flatten().bool())
+        return (steps[..., 2] * dones).max()
+
+
+class Writer(SummaryWriter):
+    """A SummaryWriter that also remembers the epoch's scalars, whoever wrote them: `scalars` is {tag: value}.
+
+    Scalars of the same step leave as one TensorBoard event at `end_epoch`: ten times cheaper than an event each.
+    """
+
+    def __init__(self, log_dir: str, **kwargs):
+        super().__init__(log_dir, **kwargs)
+        self.scalars: Dict[str, float] = {}
+        self.pending: Dict[int, List[Summary.Value]] = {}
+
+    def add_scalar(self, tag, scalar_value, global_step=None, *args, **kwargs) -> None:
+        value = float(scalar_value)
+        self.scalars[tag] = value
+        self.pending.setdefault(int(global_step or 0), []).append(Summary.Value(tag=tag, simple_value=value))
+
+    def end_epoch(self) -> None:
+        for step, values in self.pending.items():
+            self.file_writer.add_summary(Summary(value=values), step)
+        self.pending.clear()
+        self.scalars.clear()
+
+    def file_sizes(self) -> Dict[str, int]:
+        """{event file: bytes}, everything so far flushed: what a checkpoint needs to cut the curve off there."""
+        self.flush()
+        return {name: os.path.getsize(os.path.join(self.log_dir, name)) for name in sorted(os.listdir(self.log_dir)) if "tfevents" in name}
+
+    @staticmethod
+    def rewind(log_dir: str, sizes: Dict[str, int]) -> None:
+        """Cut event files back to `file_sizes` of a checkpoint, so that epochs that are run again are not drawn twice.
+
+        purge_step cannot do it alone: it compares frames with the steps of <tag>/iter (epochs) and <tag>/time (seconds).
+        """
+        for name in os.listdir(log_dir) if os.path.isdir(log_dir) else ():
+            path = os.path.join(log_dir, name)
+            if name in sizes and os.path.getsize(path) > sizes[name]:
+                os.truncate(path, sizes[name])
+            elif name not in sizes and name.startswith("events.out.tfevents"):
+                os.remove(path)
+
+
+# ======================================================================================================================
+# 5  OBSERVERS
+#
+# The training loop knows no logging backend: it writes to `algo.writer` and calls these hooks, rl_games' six, on the
+# observer given to the Runner. For a new backend subclass AlgoObserver, override `after_print_stats`, and add it in `main`.
+# `algo` is the PPOAgent: algo.writer, .device, .games_to_track, .epoch_num, .frame, .model, .mean_rewards, .config ...
+# ======================================================================================================================
+
+
+class AlgoObserver:
+    """The hooks, all no-ops, in the order in which they are called. Observers written for rl_games plug in unchanged."""
+
+    needs_done_indices = True  # False saves a wait for the GPU each step, if every observer says so; `algo.dones` has the mask
+
+    def before_init(self, base_name: str, config: Dict[str, Any], experiment_name: str) -> None:
+        """Before the agent exists. config: all arguments, by our and by rl_games' names, and `run_dir`, `wandb_run_id`."""
+
+    def after_init(self, algo: "PPOAgent") -> None:
+        """The agent is complete: keep `algo` and `algo.writer`."""
+
+    def process_infos(self, infos: Dict[str, Any], done_indices: Optional[Tensor]) -> None:
+        """After each env step. done_indices (n, 1): the envs whose episode ended. Copy what you keep of infos."""
+
+    def after_steps(self) -> None:
+        """After the rollout, before the update."""
+
+    def after_clear_stats(self) -> None:
+        """rl_games calls this when it clears its meters."""
+
+    def after_print_stats(self, frame: int, epoch_num: int, total_time: float) -> None:
+        """At the end of each epoch: log here. frame: env steps so far, total_time: seconds of training."""
+
+    def close(self) -> None:
+        """The run ends (not one of rl_games' hooks)."""
+
+
+class RLGPUAlgoObserver(AlgoObserver):
+    """Logs what the environment puts into `infos`, as IsaacGymEnvs' observer of this name does:
+
+        infos["episode"][key]             scalar or tensor      Episode/<key>: mean over the epoch
+        infos["episode_cumulative"][key]  (E,), summed up over  episode_cumulative{,_min,_max}/<key>: over the last
+                                          each episode          games_to_track episodes
+        any scalar, nested or not                               <key>/{frame,iter,time}: mean over the epoch
+
+    But keys may come and go, scalars are averaged instead of the last one taken, and nothing loops over envs or leaves the device
+    before the epoch ends.
+    """
+
+    needs_done_indices = False
+
+    def after_init(self, algo) -> None:
+        self.algo, self.writer = algo, algo.writer
+        self.sums: Dict[str, Any] = {}  # "Episode/<key>" or scalar's key -> [sum, count] over the epoch
+        self.running: Dict[str, Tensor] = {}  # episode_cumulative key -> (E,) sum over the running episode
+        self.windows: Dict[str, WindowMeter] = {}
+        self.last_counts: Dict[str, int] = {}
+
+    def process_infos(self, infos, done_indices) -> None:
+        for key, value in infos.get("episode", {}).items():
+            value = torch.as_tensor(value, device=self.algo.device).detach().float()
+            self._add("Episode/" + key, value.sum(), value.numel())
+        done = self.algo.dones.bool()
+        for key, value in infos.get("episode_cumulative", {}).items():
+            if key not in self.running:
+                self.running[key] = torch.zeros_like(value, dtype=torch.float32)
+                self.windows[key] = WindowMeter(self.algo.games_to_track, 1, value.device)
+            self.running[key] += value
+            self.windows[key].add(self.running[key].unsqueeze(1), done)
+            self.running[key] = torch.where(done, 0.0, self.running[key])
+        self._add_scalars(infos, "")
+
+    def _add_scalars(self, infos, prefix) -> None:
+        for key, value in infos.items():
+            if isinstance(value, dict):
+                self._add_scalars(value, f"{prefix}{key}/")
+            elif isinstance(value, (int, float, np.number)) or (isinstance(value, Tensor) and value.dim() == 0):
+                self._add(prefix + key, value.detach().float() if isinstance(value, Tensor) else float(value), 1)
+
+    def _add(self, key, value, count) -> None:
+        total = self.sums.setdefault(key, [0.0, 0])
+        total[0] = total[0] + value
+        total[1] += count
+
+    def after_print_stats(self, frame, epoch_num, total_time) -> None:
+        if self.sums:  # one transfer for all of them
+            means = torch.stack([torch.as_tensor(total / max(count, 1), dtype=torch.float32, device=self.algo.device)
+                                 for total, count in self.sums.values()]).tolist()
+            for key, mean in zip(self.sums, means):
+                if key.startswith("Episode/"):
+                    self.writer.add_scalar(key, mean, epoch_num)
+                else:
+                    self.writer.add_scalar(f"{key}/frame", mean, frame)
+                    self.writer.add_scalar(f"{key}/iter", mean, epoch_num)
+                    self.writer.add_scalar(f"{key}/time", mean, total_time)
+            self.sums.clear()
+        if self.windows:
+            stats = torch.stack([torch.cat((w.stats()[:, 0], w.count.view(1).float())) for w in self.windows.values()]).tolist()
+            for key, (mean, low, high, count) in zip(self.windows, stats):
+                if count > self.last_counts.get(key, 0):  # only if episodes ended in this epoch
+                    self.last_counts[key] = count
+                    self.writer.add_scalar(f"episode_cumulative/{key}", mean, frame)
+                    self.writer.add_scalar(f"episode_cumulative_min/{key}_min", low, frame)
+                    self.writer.add_scalar(f"episode_cumulative_max/{key}_max", high, frame)
+
+
+class WandbAlgoObserver(AlgoObserver):
+    """Sends the epoch's scalars to Weights & Biases, once an epoch. Put it last: it sends what the others wrote to `algo.writer`.
+
+    Not by sync_tensorboard, which puts <tag>/iter and <tag>/time on the wrong x-axis; and without `step=`, which would drop the
+    points of a continued run: frames, epoch and seconds are logged as values, and each metric is told which is its x-axis.
+    Whatever W&B does - absent, offline, slow, broken - training goes on.
+    """
+
+    needs_done_indices = False
+
+    def __init__(self, args: Args):
+        self.args, self.run, self.defined = args, None, set()
+
+    def before_init(self, base_name, config, experiment_name) -> None:
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "60")  # seconds; the variable works in every version
+        for mode in (None, "offline"):  # None: as WANDB_MODE says, else online
+            try:
+                import wandb
+
+                self.run = wandb.init(
+                    project=self.args.wandb_project_name, entity=self.args.wandb_entity or None, group=self.args.wandb_group or None,
+                    tags=self.args.wandb_tags or None, name=experiment_name, id=config["wandb_run_id"], resume="allow",
+                    dir=config["run_dir"], config=config, mode=mode)
+                for axis in ("global_step", "epoch", "time"):
+                    self.run.define_metric(axis)
+                return
+            except Exception as exc:
+                reason = str(exc).strip().splitlines() or [type(exc).__name__]
+                then = f"recording offline, upload later with: wandb sync {config['run_dir']}/wandb/offline-run-*" if mode is None else "going on without it"
+                if isinstance(exc, ImportError):
+                    return warn("--track: wandb is not installed (pip install wandb): going on without it")
+                warn(f"W&B failed to start: {reason[0]}; {then}")
+                with contextlib.suppress(Exception):
+                    wandb.teardown()  # else a failed online start spoils the offline one
+
+    def after_init(self, algo) -> None:
+        self.writer = algo.writer
+
+    def after_print_stats(self, frame, epoch_num, total_time) -> None:
+        if self.run is None:
+            return
+        try:
+            for tag in self.writer.scalars.keys() - self.defined:
+                axis = {"iter": "epoch", "time": "time"}.get(tag.rsplit("/", 1)[-1], "global_step")
+                self.run.define_metric(tag, step_metric=axis)
+                self.defined.add(tag)
+            self.run.log({**self.writer.scalars, "global_step": frame, "epoch": epoch_num, "time": total_time})
+        except Exception as exc:
+            self.run = warn(f"W&B failed ({exc}): training goes on without it")
+
+    def close(self) -> None:
+        if self.run is not None:
+            with contextlib.suppress(Exception):
+                self.run.finish()
+
+
+class MultiObserver(AlgoObserver):
+    """Calls every hook on each of `observers`, in order."""
+
+    def __init__(self, observers: List[AlgoObserver]):
+        self.observers = list(observers)
+        # an observer written for rl_games does not say whether it looks at done_indices: then it does
+        self.needs_done_indices = any(getattr(o, "needs_done_indices", True) for o in self.observers)
+
+    def _call(self, hook: str, *args) -> None:
+        for observer in self.observers:
+            if hasattr(observer, hook):  # rl_games' own base class lacks after_clear_stats, and close
+                getattr(observer, hook)(*args)
+
+    def before_init(self, *args) -> None:
+        self._call("before_init", *args)
+
+    def after_init(self, *args) -> None:
+        self._call("after_init", *args)
+
+    def process_infos(self, *args) -> None:
+        self._call("process_infos", *args)
+
+    def after_steps(self) -> None:
+        self._call("after_steps")
+
+    def after_clear_stats(self) -> None:
+        self._call("after_clear_stats")
+
+    def after_print_stats(self, *args) -> None:
+        self._call("after_print_stats", *args)
+
+    def close(self) -> None:
+        self._call("close")
+
+
+# ======================================================================================================================
+# 6  CHECKPOINTS
+#
+# runs/<experiment>/nn/: epoch_<N>.pth every save_frequency epochs, best.pth at each new best mean reward, last.pth at exit.
+# Each is rl_games' dict (model, optimizer, epoch, frame, last_mean_rewards, env_state) and what exact continuation needs besides.
+# ======================================================================================================================
+
+FORMAT_VERSION = 1
+
+
+def save_checkpoint(state: Dict[str, Any], path: str) -> None:
+    """Write `state` so that `path` holds either the old file or the whole new one, also if the machine dies meanwhile."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: str) -> Dict[str, Any]:
+    """Read a checkpoint to the CPU, without running code from it. UserError with one line if that cannot be done."""
+    try:
+        with open(path, "rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise UserError(f"{path} is truncated or not a checkpoint")
+            bad = zipfile.ZipFile(file).testzip()  # torch.load does not look at the checksums
+            if bad:
+                raise UserError(f"{path} is damaged: {bad} does not match its checksum")
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except OSError as exc:
+        raise UserError(f"--checkpoint {path} cannot be read: {exc.strerror or exc}")
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is not a checkpoint of plain tensors and numbers (it asks to run code): refused")
+    except Exception as exc:
+        raise UserError(f"{path} is damaged or not a checkpoint: {(str(exc).splitlines() or [type(exc).__name__])[0]}")
+    missing = [key for key in ("model", "optimizer", "epoch", "frame", "args") if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of train_ppo.py: it lacks {', '.join(missing)}")
+    if state.get("format_version", 0) > FORMAT_VERSION:
+        raise UserError(f"{path} was written by a newer train_ppo.py (format {state['format_version']} > {FORMAT_VERSION}): update this file")
+    return state
+
+
+def newest_checkpoint(run_dir: str) -> Tuple[str, Dict[str, Any]]:
+    """(path, state) of the newest readable checkpoint of a run folder, by the epoch inside it; broken ones are skipped aloud."""
+    folder = os.path.join(run_dir, "nn")
+    found = []
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        if name.endswith(".pth"):
+            try:
+                found.append((os.path.join(folder, name), load_checkpoint(os.path.join(folder, name))))
+            except UserError as exc:
+                warn(f"{exc}: skipped")
+    if not found:
+        raise UserError(f"{run_dir} has no readable checkpoint (looked for {os.path.join(folder, '*.pth')})")
+    return max(found, key=lambda item: (item[1]["epoch"], os.path.basename(item[0]) == "last.pth"))
+
+
+def find_checkpoint(path: str) -> Tuple[str, Dict[str, Any]]:
+    """(file, state) for what --checkpoint or --init-from names: a file or a run folder."""
+    if os.path.isdir(path):
+        return newest_checkpoint(path)
+    if not os.path.exists(path):
+        raise UserError(f"--checkpoint {path} does not exist: give a .pth file or a run folder such as runs/Cartpole_...")
+    return path, load_checkpoint(path)
+
+
+def get_rng_state(device: torch.device) -> Dict[str, Any]:
+    """State of every random generator an env or the policy may draw from, as tensors and numbers."""
+    version, keys, gauss = random.getstate()
+    name, np_keys, *np_rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": [version, torch.tensor(keys), gauss],
+        "numpy": [name, torch.from_numpy(np_keys.astype(np.int64)), *np_rest],
+    }
+
+
+def set_rng_state(state: Dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys.tolist()), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+
+
+def plain(value: Any) -> Any:
+    """`value` as tensors, numbers, strings, lists and dicts, the only things that a checkpoint may hold."""
+    if value is None or isinstance(value, (bool, int, float, str, Tensor)):
+        return value.detach() if isinstance(value, Tensor) else value
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
+
+
+# ======================================================================================================================
+# 7  PPO  (Schulman et al. 2017, https://arxiv.org/abs/1707.06347), with rl_games' details
+# ======================================================================================================================
+
+
+@torch.no_grad()
+def gae(rewards: Tensor, values: Tensor, dones: Tensor, last_value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+    """Generalised advantage estimation (Schulman et al. 2015, eq. 16): three (T, E) and the (E,) value after them -> (T, E).
+
+    dones[t] says that the episode ended with step t: nothing after it counts.
+    """
+    advantages = torch.empty_like(rewards)
+    advantage, next_value = torch.zeros_like(last_value), last_value
+    for t in reversed(range(len(rewards))):
+        alive = 1.0 - dones[t]
+        delta = rewards[t] + gamma * alive * next_value - values[t]
+        advantages[t] = advantage = delta + gamma * gae_lambda * alive * advantage
+        next_value = values[t]
+    return advantages
+
+
+class Batch(NamedTuple):
+    """A rollout, or a minibatch of it, as the update sees it."""
+
+    obs: Tensor  # (n, O) normalised
+    actions: Tensor  # (n, A) as sampled, before clipping
+    logprobs: Tensor  # (n,) under the policy that acted
+    advantages: Tensor  # (n,) normalised
+    values: Tensor  # (n,) normalised, as predicted during the rollout
+    returns: Tensor  # (n,) normalised
+
+
+def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> loss (), the new mean actions (n, A) and log std (A,), and (5,) policy, value, entropy and bounds loss, and clip fraction."""
+    mu, logstd, value = model(batch.obs)
+    ratio = (log_prob(batch.actions, mu, logstd) - batch.logprobs).exp()
+    clipped = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
+    policy_loss = -torch.min(batch.advantages * ratio, batch.advantages * clipped).mean()
+
+    value_loss = (value - batch.returns).square()
+    if args.clip_vloss:
+        value_clipped = batch.values + (value - batch.values).clamp(-args.clip_coef, args.clip_coef)
+        value_loss = torch.max(value_loss, (value_clipped - batch.returns).square())
+    value_loss = value_loss.mean()
+
+    entropy = logstd.sum() + 0.5 * (1.0 + math.log(2 * math.pi)) * len(logstd)
+    # the env clips actions to [-1, 1], so nothing else would stop mu from drifting off, where all gradients vanish
+    bounds_loss = (mu.abs() - 1.1).clamp(min=0.0).square().sum(-1).mean()
+
+    loss = policy_loss + 0.5 * args.vf_coef * value_loss - args.ent_coef * entropy + args.bounds_loss_coef * bounds_loss
+    clipfrac = (ratio != clipped).float().mean()
+    return loss, mu.detach(), logstd.detach(), torch.stack((policy_loss, value_loss, entropy, bounds_loss, clipfrac)).detach()
+
+
+def policy_kl(mu: Tensor, logstd: Tensor, old_mu: Tensor, old_logstd: Tensor) -> Tensor:
+    """KL(new || old) of two diagonal Gaussians, mean over the batch; (n, A), (A,), (n, A), (A,) -> ()."""
+    var, old_var = (2 * logstd).exp(), (2 * old_logstd).exp()
+    return (old_logstd - logstd + (var + (mu - old_mu).square()) / (2 * old_var) - 0.5).sum(-1).mean()
+
+
+def adaptive_lr(lr: Tensor, kl: Tensor, kl_threshold: float) -> Tensor:
+    """The learning rate that keeps the KL divergence near its threshold; tensors, so that no step waits for the GPU."""
+    lr = torch.where(kl > 2.0 * kl_threshold, (lr / 1.5).clamp(min=1e-6), lr)
+    return torch.where(kl < 0.5 * kl_threshold, (lr * 1.5).clamp(max=1e-2), lr)
+
+
+class PPOAgent:
+    """Owns model, optimizer, rollout buffers and counters; `train` is the loop. What observers may read is rl_games' by name."""
+
+    def __init__(self, args: Args, env, observer: AlgoObserver, writer: SummaryWriter, config: Dict[str, Any]):
+        self.args, self.env, self.algo_observer, self.writer, self.config = args, env, observer, writer, config
+        self.device = self.ppo_device = pick_device(args.device)
+        self.games_to_track, self.num_agents = args.games_to_track, 1
+        self.epoch_num, self.frame, self.total_time = 0, 0, 0.0
+        self.mean_rewards, self.last_mean_rewards, self.best_epoch = -math.inf, -math.inf, 0  # last_mean_rewards: the best so far
+        self.stop_signal = 0  # set by Runner's signal handler: leave after this epoch
+
+        self.model = ActorCritic(env.num_obs, env.num_acts, args.units, args.activation, args.separate, args.sigma_init,
+                                 args.normalize_input, args.normalize_value).to(self.device)
+        self.lr = torch.tensor(args.learning_rate, device=self.device)
+        # fused: one kernel, and it takes the learning rate as a tensor
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr, eps=1e-8, fused=True)
+        self.minibatch_size = min(args.minibatch_size, args.num_envs * args.num_steps)
+
+        T, E, O, A = args.num_steps, env.num_envs, env.num_obs, env.num_acts
+        self.buffer = {name: torch.zeros(T, E, *shape, device=self.device) for name, shape in dict(
+            obs=(O,), actions=(A,), mus=(A,), logprobs=(), values=(), rewards=(), dones=(), time_outs=()).items()}
+        self.buffer["first_done"] = torch.zeros(E, device=self.device)
+        self.episodes = EpisodeMeter(E, args.games_to_track, self.device)
+        self.obs = env.reset()["obs"].to(self.device)
+        self.dones = torch.zeros(E, dtype=torch.bool, device=self.device)
+        self.has_time_outs = self.warned_time_outs = False
+        observer.after_init(self)
+
+    @torch.no_grad()
+    def rollout(self) -> float:
+        """Fill the buffers with T steps of every env. Returns the seconds spent in env.step.
+
+        The env may return the same tensors every step and overwrite them in place: what is kept is copied, nothing is written to.
+        """
+        buffer, env_seconds = self.buffer, 0.0
+        buffer["first_done"].copy_(self.dones)  # the envs that the first step resets
+        for t in range(self.args.num_steps):
+            action, logprob, value, mu = self.model.act(self.obs)
+            for name, x in (("obs", self.obs), ("actions", action), ("logprobs", logprob), ("values", value), ("mus", mu)):
+                buffer[name][t] = x
+
+            start = time.perf_counter()
+            obs, reward, self.dones, infos = self.env.step(action.clamp(-1.0, 1.0) if self.args.clip_actions else action)
+            env_seconds += time.perf_counter() - start
+
+            self.obs = obs["obs"].to(self.device)
+            buffer["rewards"][t] = reward
+            buffer["dones"][t] = self.dones
+            self.has_time_outs = "time_outs" in infos
+            if self.has_time_outs:
+                buffer["time_outs"][t] = infos["time_outs"]
+            done_indices = self.dones.nonzero() if self.algo_observer.needs_done_indices else None
+            self.algo_observer.process_infos(infos, done_indices)
+        return env_seconds
+
+    def update(self) -> Dict[str, float]:
+        """Advantages from the buffers, then update_epochs passes of minibatch gradient steps. Returns the epoch's figures."""
+        args, model, buffer = self.args, self.model, self.buffer
+        shaped = args.reward_scale * buffer["rewards"]
+        if args.value_bootstrap and self.has_time_outs:
+            # An episode cut by the clock has a future (Pardo et al. 2018). V(s_{t+1}) would be the exact thing to add, but some tasks
+            # return the next episode's first observation there, so, like rl_games, take V(s_t), one step off and always right.
+            shaped = shaped + args.gamma * buffer["values"] * buffer["time_outs"]
+        advantages = gae(shaped, buffer["values"], buffer["dones"], model.value(self.obs), args.gamma, args.gae_lambda)
+        # A step whose action the env ignored, because it had to reset, must teach nothing. Left in, it tells the critic that the
+        # state at the end of an episode is worth as much as a fresh start (rl_games leaves it in, and learns Cartpole slower).
+        ignored = torch.cat((buffer["first_done"].unsqueeze(0), buffer["dones"][:-1])) * getattr(self.env, "next_step_autoreset", False)
+        weight = 1.0 - ignored
+        advantages *= weight
+        longest = self.episodes.add_rollout(buffer["rewards"], shaped, buffer["dones"])
+
+        def flat(x: Tensor) -> Tensor:  # (T, E, ...) -> (N, ...) by env: with thousands of envs minibatches need no shuffling
+            return x.transpose(0, 1).flatten(0, 1)
+
+        with torch.no_grad():
+            obs, values, returns = flat(buffer["obs"]), flat(buffer["values"]), flat(advantages + buffer["values"])
+            explained_variance = 1.0 - (returns - values).var() / returns.var().clamp(min=1e-8)
+            # statistics move once an epoch, between acting and learning, so that all passes over the batch see the same inputs
+            if args.normalize_input:
+                model.running_mean_std.update(obs)
+            if args.normalize_value:
+                model.value_mean_std.update(values.unsqueeze(1))
+            values = model.norm_value(values)
+            if args.normalize_value:
+                model.value_mean_std.update(returns.unsqueeze(1))
+            returns, advantages, weight = model.norm_value(returns), flat(advantages), flat(weight)
+            if args.norm_adv:
+                mean = advantages.sum() / weight.sum()
+                std = (weight * (advantages - mean)).norm() / weight.sum().sqrt()
+                advantages = weight * (advantages - mean) / (std + 1e-8)
+            batch = Batch(model.norm_obs(obs), flat(buffer["actions"]), flat(buffer["logprobs"]), advantages, values, returns)
+            old_mu = flat(buffer["mus"]).clone()
+            minibatches = [slice(i, i + self.minibatch_size) for i in range(0, len(obs), self.minibatch_size)]
+            old_logstd = model.a2c_network.sigma.detach().repeat(len(minibatches), 1)
+        if args.lr_schedule == "linear":
+            self.lr.fill_(1e-6 + (args.learning_rate - 1e-6) * max(0.0, 1.0 - (self.epoch_num - 1) / args.max_epochs))
+
+        figures = torch.zeros(6, device=self.device)  # sums of ppo_loss' five and of the KL divergence
+        for _ in range(args.update_epochs):
+            epoch_kl = torch.zeros((), device=self.device)
+            for i, rows in enumerate(minibatches):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=args.mixed_precision and self.device.type == "cuda"):
+                    loss, mu, logstd, losses = ppo_loss(model, Batch(*(x[rows] for x in batch)), args)
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                if args.max_grad_norm > 0:
+                    nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                self.optimizer.step()
+
+                # rl_games measures the KL since this minibatch was last seen, not since the rollout
+                kl = policy_kl(mu, logstd, old_mu[rows], old_logstd[i])
+                old_mu[rows], old_logstd[i] = mu, logstd
+                epoch_kl += kl / len(minibatches)
+                figures += torch.cat((losses, kl.view(1)))
+                if args.lr_schedule == "adaptive" and args.schedule_type == "legacy":
+                    self.lr.copy_(adaptive_lr(self.lr, kl, args.kl_threshold))
+            if args.lr_schedule == "adaptive" and args.schedule_type == "standard":
+                self.lr.copy_(adaptive_lr(self.lr, epoch_kl, args.kl_threshold))
+
+        figures /= args.update_epochs * len(minibatches)
+        # the epoch's only transfer from the device
+        means, finished = self.episodes.finished.stats()[0], self.episodes.finished.count
+        extra = torch.stack((self.lr, explained_variance, longest, finished.float()))
+        names = ("a_loss", "c_loss", "entropy", "bounds_loss", "clipfrac", "kl", "lr", "explained_variance", "longest", "finished",
+                 "reward", "shaped_reward", "length")
+        return dict(zip(names, torch.cat((figures, extra, means)).tolist()))
+
+    def train(self) -> None:
+        """The loop: until max_epochs or a stop signal. Everything that is logged or saved happens at the end of an epoch."""
+        args, progress = self.args, Progress(self.epoch_num, self.args.max_epochs)
+        while self.epoch_num < args.max_epochs and not self.stop_signal:
+            self.epoch_num += 1
+            start = time.perf_counter()
+            if hasattr(self.env, "set_train_info"):
+                self.env.set_train_info(self.frame, self)
+            step_time = self.rollout()
+            play_time = time.perf_counter() - start
+            self.algo_observer.after_steps()
+            figures = self.update()
+            epoch_time = time.perf_counter() - start
+            self.total_time += epoch_time
+            self.frame += args.num_steps * self.env.num_envs
+
+            self.write_stats(figures, step_time, play_time, epoch_time)
+            progress.show(self, figures, step_time, play_time, epoch_time)
+            self.save_checkpoints(figures)
+        progress.close()
+
+    def write_stats(self, figures: Dict[str, float], step_time: float, play_time: float, epoch_time: float) -> None:
+        """Give the epoch's metrics, by rl_games' names, to the writer, and then the observers their turn."""
+        write, frame, frames = self.writer.add_scalar, self.frame, self.args.num_steps * self.env.num_envs
+        for name, value in dict(
+            step_inference_rl_update_fps=frames / epoch_time, step_inference_fps=frames / play_time, step_fps=frames / max(step_time, 1e-9),
+            rl_update_time=epoch_time - play_time, step_inference_time=play_time, step_time=step_time).items():
+            write("performance/" + name, value, frame)
+        for name in ("a_loss", "c_loss", "entropy", "bounds_loss", "clipfrac", "explained_variance"):
+            write("losses/" + name, figures[name], frame)
+        for name, value in dict(last_lr=figures["lr"], lr_mul=1.0, e_clip=self.args.clip_coef, kl=figures["kl"], epochs=self.epoch_num).items():
+            write("info/" + name, value, frame)
+        if figures["finished"]:
+            self.mean_rewards = figures["reward"]
+            for tag, name in (("rewards", "reward"), ("shaped_rewards", "shaped_reward"), ("episode_lengths", "length")):
+                for axis, step in (("step", frame), ("iter", self.epoch_num), ("time", self.total_time)):
+                    write(f"{tag}/{axis}", figures[name], step)
+        limit = float(getattr(self.env, "max_episode_length", math.inf))
+        if not self.has_time_outs and figures["longest"] >= limit - 1 and not self.warned_time_outs:
+            self.warned_time_outs = True
+            warn(f"episodes end at max_episode_length ({limit:.0f}) but the env gives no infos['time_outs']: the clock is taken for failure")
+        self.algo_observer.after_print_stats(frame, self.epoch_num, self.total_time)
+        self.writer.end_epoch()
+
+    def save_checkpoints(self, figures: Dict[str, float]) -> None:
+        """best.pth at each new best mean reward over a full window, epoch_<N>.pth every save_frequency epochs."""
+        args, folder = self.args, os.path.join(self.config["run_dir"], "nn")
+        if figures["finished"] >= args.games_to_track and self.epoch_num >= args.save_best_after and self.mean_rewards > self.last_mean_rewards:
+            self.last_mean_rewards, self.best_epoch = self.mean_rewards, self.epoch_num
+            self.save(os.path.join(folder, "best.pth"))
+        if args.save_frequency and self.epoch_num % args.save_frequency == 0:
+            self.save(os.path.join(folder, f"epoch_{self.epoch_num}.pth"))
+            if args.keep_last:
+                saved = sorted(int(name[6:-4]) for name in os.listdir(folder) if re.fullmatch(r"epoch_\d+\.pth", name))
+                for epoch in saved[:-args.keep_last]:
+                    os.remove(os.path.join(folder, f"epoch_{epoch}.pth"))
+
+    def save(self, path: str) -> None:
+        save_checkpoint(self.get_full_state_weights(), path)
+
+    def get_full_state_weights(self) -> Dict[str, Any]:
+        """Everything that the run is, as plain tensors, numbers, strings, lists and dicts."""
+        optimizer = self.optimizer.state_dict()
+        optimizer["param_groups"] = [{**group, "lr": float(self.lr)} for group in optimizer["param_groups"]]
+        env_state = self.env.get_env_state() if hasattr(self.env, "get_env_state") else None
+        return plain({
+            "model": dict(self.model.state_dict()), "optimizer": optimizer, "epoch": self.epoch_num, "frame": self.frame,
+            "last_mean_rewards": self.last_mean_rewards, "env_state": env_state,  # rl_games' keys end here
+            "format_version": FORMAT_VERSION, "args": asdict(self.args), "num_obs": self.env.num_obs, "num_acts": self.env.num_acts,
+            "lr": self.lr, "best_epoch": self.best_epoch, "total_time": self.total_time, "obs": self.obs.clone(),
+            "dones": self.dones, "running": self.episodes.running, "finished": self.episodes.finished.state_dict(), "rng": get_rng_state(self.device),
+            "wandb_run_id": self.config["wandb_run_id"], "summaries": self.writer.file_sizes(),
+        })
+
+    def set_full_state_weights(self, state: Dict[str, Any]) -> bool:
+        """Continue from `state`. True if exactly, False if the env had to start new episodes."""
+        load_weights(self.model, state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.args.learning_rate == state["args"]["learning_rate"]:  # else the user gave a new one: it wins
+            self.lr.copy_(state["lr"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.epoch_num, self.frame, self.total_time = state["epoch"], state["frame"], state["total_time"]
+        self.last_mean_rewards, self.best_epoch = state["last_mean_rewards"], state["best_epoch"]
+        self.episodes.finished.load_state_dict(state["finished"])
+        exact = getattr(self.env, "exact_state", False) and state["obs"].shape == self.obs.shape
+        if state["env_state"] is not None and hasattr(self.env, "set_env_state") and (exact or not getattr(self.env, "exact_state", False)):
+            self.env.set_env_state(state["env_state"])  # of an Isaac Gym task: its curriculum
+        if exact:
+            self.obs, self.dones = state["obs"].to(self.device), state["dones"].to(self.device)
+            self.episodes.running.copy_(state["running"])
+            set_rng_state(state["rng"], self.device)
+        return exact
+
+
+class Progress:
+    """One console line an epoch: live on a terminal, plain lines in a pipe or file."""
+
+    def __init__(self, epoch: int, max_epochs: int):
+        self.first, self.start, self.max_epochs, self.live = epoch, time.perf_counter(), max_epochs, sys.stdout.isatty()
+        self.bar = tqdm(total=max_epochs, initial=epoch, disable=not self.live, file=sys.stdout, dynamic_ncols=True, mininterval=0.2,
+                        bar_format="{percentage:3.0f}%|{bar:12}| {postfix}")
+
+    def show(self, agent: PPOAgent, figures: Dict[str, float], step_time: float, play_time: float, epoch_time: float) -> None:
+        epoch, frames = agent.epoch_num, agent.args.num_steps * agent.env.num_envs
+        fps = "/".join(f"{frames / max(t, 1e-9) / 1000:.0f}k" for t in (step_time, play_time, epoch_time))
+        left = (time.perf_counter() - self.start) / (epoch - self.first) * (self.max_epochs - epoch)
+        episodes = f"reward {figures['reward']:.2f} length {figures['length']:.1f}" if figures["finished"] else "no episode finished yet"
+        line = (f"epoch {epoch}/{self.max_epochs} frames {agent.frame:,} fps {fps} {episodes} lr {figures['lr']:.1e} "
+                f"left {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}")
+        if self.live:
+            self.bar.set_postfix_str(line, refresh=False)
+            self.bar.update()
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        self.bar.refresh()
+        self.bar.close()
+
+
+def load_weights(model: ActorCritic, state: Dict[str, Any]) -> None:
+    """Weights and normalisers, strictly: a name or size that does not fit is an error."""
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as exc:
+        reason = re.sub(r"\s+", " ", str(exc)).split(": ", 1)[-1][:200]
+        raise UserError(f"the checkpoint does not fit the network that the arguments describe: {reason}")
+
+
+def check_sizes(state: Dict[str, Any], env) -> None:
+    """One line instead of a shape mismatch."""
+    if (state["num_obs"], state["num_acts"]) != (env.num_obs, env.num_acts):
+        raise UserError(f"the checkpoint is for {state['num_obs']} observations and {state['num_acts']} actions, "
+                        f"but the env has {env.num_obs} and {env.num_acts}")
+
+
+# ======================================================================================================================
+# 8  PLAY
+# ======================================================================================================================
+
+
+@torch.no_grad()
+def play(args: Args, env, state: Dict[str, Any]) -> Dict[str, float]:
+    """Evaluate a checkpoint: mean, std, min and max return of the same number of episodes from every env.
+
+    A quota per env, because taking the first episodes to finish, from whichever env, would favour the short ones.
+    """
+    device = pick_device(args.device)
+    model = ActorCritic(env.num_obs, env.num_acts, args.units, args.activation, args.separate, args.sigma_init,
+                        args.normalize_input, args.normalize_value).to(device)
+    load_weights(model, state)
+    quota = math.ceil((args.games or env.num_envs) / env.num_envs)
+    returns = torch.zeros(quota + 1, env.num_envs, device=device)  # row: episode of that env; the last row takes what comes after
+    lengths, episode = torch.zeros_like(returns), torch.zeros(env.num_envs, dtype=torch.long, device=device)
+    envs = torch.arange(env.num_envs, device=device)
+    obs = env.reset()["obs"].to(device)
+    while int(episode.min()) < quota:
+        action = model.act(obs)[0] if args.stochastic else model(model.norm_obs(obs))[0]
+        obs, reward, done, _ = env.step(action.clamp(-1.0, 1.0) if args.clip_actions else action)
+        obs = obs["obs"].to(device)
+        returns[episode, envs] += reward
+        lengths[episode, envs] += 1
+        episode = (episode + done.long()).clamp(max=quota)
+    returns, lengths = returns[:quota].flatten(), lengths[:quota].flatten()
+    result = {"mean": returns.mean(), "std": returns.std(unbiased=False), "min": returns.min(), "max": returns.max(), "length": lengths.mean()}
+    result = {name: float(value) for name, value in result.items()}
+    result["count"] = len(returns)
+    log("reward mean {mean:.2f} std {std:.2f} min {min:.2f} max {max:.2f}, mean length {length:.1f}, {count} episodes".format(**result)
+        + f" ({quota} from each of {env.num_envs} envs, {'sampled' if args.stochastic else 'deterministic'} actions)")
+    return result
+
+
+# ======================================================================================================================
+# 9  RUNNER
+# ======================================================================================================================
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # the CPU's and every GPU's
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def make_run_dir(args: Args) -> str:
+    """A new folder <train_dir>/<experiment>, with _2, _3 ... appended if the name is taken."""
+    name = args.experiment or f"{re.sub(r'[^A-Za-z0-9_-]+', '_', args.env_id)}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    os.makedirs(args.train_dir, exist_ok=True)
+    for suffix in range(1, 10**6):
+        run_dir = os.path.join(args.train_dir, name if suffix == 1 else f"{name}_{suffix}")
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(run_dir)  # atomic: of two processes one gets the name
+            os.mkdir(os.path.join(run_dir, "nn"))
+            return run_dir
+    raise UserError(f"no free name for {name} in {args.train_dir}")
+
+
+def describe_run(args: Args, run_dir: str, origin: Dict[str, Any]) -> Dict[str, Any]:
+    """What config.json says: all that is needed to run it again."""
+
+    def git(*command: str) -> str:
+        here = os.path.dirname(os.path.abspath(__file__))
+        try:
+            return subprocess.run(["git", "-C", here, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10).stdout.decode().strip()
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+
+    device = pick_device(args.device)
+    return {
+        "experiment": os.path.basename(run_dir), **origin, "args": asdict(args), "command": shlex.join([sys.executable, *sys.argv]),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "numpy": np.__version__},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+class Runner:
+    """Runs what `args` say - train, continue or play - with the given observer. `.run()` returns a dict of results."""
+
+    def __init__(self, args: Args, algo_observer: Optional[AlgoObserver] = None):
+        self.args, self.algo_observer = args, algo_observer or RLGPUAlgoObserver()
+
+    def run(self) -> Dict[str, Any]:
+        args = self.args
+        if args.torch_threads:
+            torch.set_num_threads(args.torch_threads)
+        if args.checkpoint and args.init_from:
+            raise UserError("--checkpoint continues a run, --init-from starts a new one: give one of them")
+        if args.play and not args.checkpoint:
+            raise UserError("--play needs --checkpoint PATH (a .pth file or a run folder)")
+        path, state = find_checkpoint(args.checkpoint or args.init_from) if args.checkpoint or args.init_from else ("", None)
+        if state is not None and args.checkpoint and not args.play and state["epoch"] >= args.max_epochs:
+            log(f"{args.checkpoint} is complete: {state['epoch']} of {args.max_epochs} epochs. To train longer give a larger --max-epochs")
+            return {"epoch": state["epoch"], "best": state["last_mean_rewards"], "stop_signal": 0}
+        seed_everything(args.seed, args.torch_deterministic)
+        env = make_env(args)
+        seed_everything(args.seed, args.torch_deterministic)  # making an env may draw any number of random numbers
+        try:
+            if state is not None:
+                check_sizes(state, env)
+            return play(args, env, state) if args.play else self.train(env, path, state)
+        finally:
+            if hasattr(env, "close"):
+                env.close()
+
+    def train(self, env, path: str, state: Optional[Dict[str, Any]]) -> Dict[str, Any]:
+        args, origin = self.args, {}
+        run_dir = ""
+        if args.checkpoint:
+            # Only the newest file of a run folder goes on in that folder; from an older one a new run branches off, so that
+            # neither a better best.pth nor later epochs are ever overwritten.
+            folder = os.path.dirname(os.path.dirname(os.path.abspath(path)))
+            if os.path.exists(os.path.join(folder, "config.json")) and newest_checkpoint(folder)[1]["epoch"] <= state["epoch"]:
+                run_dir = os.path.relpath(folder)
+        if state is not None and not run_dir:
+            origin = {"branched_from" if args.checkpoint else "initialised_from": f"{path} (epoch {state['epoch']})"}
+        continues = bool(run_dir)
+        # fail before anything is written if the weights do not fit
+        if state is not None:
+            load_weights(ActorCritic(env.num_obs, env.num_acts, args.units, args.activation, args.separate, args.sigma_init,
+                                     args.normalize_input, args.normalize_value), state)
+            seed_everything(args.seed, args.torch_deterministic)
+        run_dir = run_dir or make_run_dir(args)
+        summaries = os.path.join(run_dir, "summaries")
+        run_id = os.environ.get("WANDB_RUN_ID") or (state["wandb_run_id"] if continues else "") or uuid.uuid4().hex[:8]
+        if continues:
+            Writer.rewind(summaries, state["summaries"])
+        else:
+            with open(os.path.join(run_dir, "config.json"), "w") as file:
+                json.dump(describe_run(args, run_dir, origin), file, indent=2)
+
+        config = {**asdict(args), **{theirs: getattr(args, ours) for theirs, ours in RL_GAMES_NAMES.items()}, **origin,
+                  "name": os.path.basename(run_dir), "run_dir": run_dir, "wandb_run_id": run_id}
+        self.algo_observer.before_init("train_ppo", config, os.path.basename(run_dir))
+        writer = Writer(summaries, purge_step=state["frame"] + 1 if continues else None)
+        agent = PPOAgent(args, env, self.algo_observer, writer, config)
+        if state is None:
+            log(f"training {args.env_id} on {agent.device}: {args.num_envs} envs x {args.num_steps} steps, {args.update_epochs} passes of "
+                f"{args.num_envs * args.num_steps // agent.minibatch_size} minibatches of {agent.minibatch_size}; writing to {run_dir}")
+        elif args.checkpoint:
+            exact = agent.set_full_state_weights(state)
+            log(f"{'continuing' if continues else 'branching off'} {path} at epoch {state['epoch']}, frame {state['frame']:,}, learning rate "
+                f"{float(agent.lr):.1e}, best {state['last_mean_rewards']:.2f}; "
+                + ("exactly where it stopped" if exact else "the env cannot be restored: it starts new episodes") + f"; writing to {run_dir}")
+        else:
+            load_weights(agent.model, state)
+            log(f"a new run from the weights of {path}; writing to {run_dir}")
+
+        handlers = {}
+
+        def stop(signum, _frame):
+            agent.stop_signal = signum
+            signal.signal(signum, signal.SIG_DFL)  # a second one ends it at once
+            log(f"{signal.Signals(signum).name}: finishing this epoch, then saving last.pth")
+
+        with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us handles signals
+            handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            agent.train()
+            agent.save(os.path.join(run_dir, "nn", "last.pth"))
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+            self.algo_observer.close()
+            writer.close()
+        self.report(agent, run_dir)
+        return {"run_dir": run_dir, "epoch": agent.epoch_num, "mean_reward": agent.mean_rewards, "best": agent.last_mean_rewards,
+                "stop_signal": agent.stop_signal}
+
+    def report(self, agent: PPOAgent, run_dir: str) -> None:
+        script = f"python {os.path.relpath(os.path.abspath(__file__))}"
+        best = os.path.join(run_dir, "nn", "best.pth" if agent.best_epoch else "last.pth")
+        why = signal.Signals(agent.stop_signal).name if agent.stop_signal else f"--max-epochs {agent.args.max_epochs} reached"
+        log(f"\nstopped after epoch {agent.epoch_num} ({why}), mean reward {agent.mean_rewards:.2f} over the last {agent.games_to_track} episodes")
+        if agent.best_epoch:
+            log(f"best      {agent.last_mean_rewards:.2f} at epoch {agent.best_epoch}")
+        more = "" if agent.epoch_num < agent.args.max_epochs else f" --max-epochs {2 * agent.args.max_epochs}"
+        log(f"files     {run_dir}\nplay      {script} --play --checkpoint {best}\ncontinue  {script} --checkpoint {run_dir}{more}\n"
+            f"curves    tensorboard --logdir {os.path.join(run_dir, 'summaries')}")
+
+
+def parse_args(argv: Optional[List[str]] = None) -> Args:
+    """Args from flags (sys.argv by default); what no flag gives comes from the checkpoint, else the task's yaml, else the defaults.
+
+    The flags are parsed twice: first to learn which checkpoint or task is meant, then over the values found there.
+    """
+    parse = lambda default: tyro.cli(Args, args=argv, default=default, description=__doc__.splitlines()[0])  # noqa: E731
+    args = first = parse(Args())
+    if first.checkpoint or first.init_from:
+        path, state = find_checkpoint(first.checkpoint or first.init_from)
+        known = {f.name for f in fields(Args)}
+        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in state["args"].items() if k in known}
+    if not first.checkpoint and uses_isaacgym(first):
+        from omegaconf import OmegaConf
+
+        cfg = compose_isaacgym_config(first)
+        settings = settings_from_yaml(OmegaConf.to_container(cfg.train, resolve=True)["params"], first.env_id)
+        args = replace(Args(), **settings)
+    if first.checkpoint:
+        # what a run was started for is not part of what it is
+        args = Args(**{**saved, "checkpoint": "", "init_from": "", "play": False, "games": 0, "stochastic": False, "device": "auto"})
+    elif first.init_from:
+        network = ("units", "activation", "separate", "normalize_input", "normalize_value")
+        args = replace(args, **{k: saved[k] for k in network})
+    args = parse(args)
+    if first.checkpoint:
+        args = replace(args, checkpoint=path)
+    return args
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    try:
+        args = parse_args(argv)
+        observers: List[AlgoObserver] = [RLGPUAlgoObserver()]
+        # your own observers go here
+        if args.track:
+            observers.append(WandbAlgoObserver(args))  # last: it sends what the others wrote
+        result = Runner(args, MultiObserver(observers)).run()
+    except UserError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        sys.exit(2)
+    if result.get("stop_signal"):
+        sys.exit(128 + result["stop_signal"])
+
+
+if __name__ == "__main__":
+    main()
