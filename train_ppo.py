@@ -268,7 +268,7 @@ def compose_isaacgym_config(args: Args, num_envs: Any = ""):
         f"pipeline={'gpu' if device.type == 'cuda' else 'cpu'}",
     ]
     try:
-        with initialize_config_dir(config_dir=config_dir, version_base="1.1"):
+        with initialize_config_dir(config_dir=config_dir, version_base=None):
             return compose(config_name="config", overrides=overrides)
     except MissingConfigException:
         tasks = sorted(name[:-5] for name in os.listdir(os.path.join(config_dir, "task")) if name.endswith(".yaml"))
@@ -338,6 +338,8 @@ def make_factory_env(args: Args):
     finally:
         sys.path.pop(0)
     env = make(num_envs=args.num_envs, device=str(pick_device(args.device)), seed=args.seed)
+    if args.play:
+        return env  # it was checked when it was trained on, and the check takes a step, which evaluation would miss
 
     def expect(what: str, value: Any, *shape: int) -> None:
         if not isinstance(value, Tensor) or tuple(value.shape) != shape:
@@ -614,7 +616,7 @@ class Writer(SummaryWriter):
 
 
 class AlgoObserver:
-    """The hooks, all no-ops, in the order in which they are called. Observers written for rl_games plug in unchanged."""
+    """The hooks, in the order in which they are called; none needs to be overridden. rl_games' observers plug in unchanged."""
 
     needs_done_indices = True  # False saves a wait for the GPU each step, if every observer says so; `algo.dones` has the mask
 
@@ -622,7 +624,8 @@ class AlgoObserver:
         """Before the agent exists. config: all arguments, by our and by rl_games' names, and `run_dir`, `wandb_run_id`."""
 
     def after_init(self, algo: "PPOAgent") -> None:
-        """The agent is complete: keep `algo` and `algo.writer`."""
+        """The agent is complete."""
+        self.algo, self.writer = algo, algo.writer
 
     def process_infos(self, infos: Dict[str, Any], done_indices: Optional[Tensor]) -> None:
         """After each env step. done_indices (n, 1): the envs whose episode ended. Copy what you keep of infos."""
@@ -655,7 +658,7 @@ class RLGPUAlgoObserver(AlgoObserver):
     needs_done_indices = False
 
     def after_init(self, algo) -> None:
-        self.algo, self.writer = algo, algo.writer
+        super().after_init(algo)
         self.sums: Dict[str, Any] = {}  # "Episode/<key>" or scalar's key -> [sum, count] over the epoch
         self.running: Dict[str, Tensor] = {}  # episode_cumulative key -> (E,) sum over the running episode
         self.windows: Dict[str, WindowMeter] = {}
@@ -744,14 +747,11 @@ class WandbAlgoObserver(AlgoObserver):
                 with contextlib.suppress(Exception):
                     wandb.teardown()  # else a failed online start spoils the offline one
 
-    def after_init(self, algo) -> None:
-        self.writer = algo.writer
-
     def after_print_stats(self, frame, epoch_num, total_time) -> None:
         if self.run is None:
             return
         try:
-            for tag in self.writer.scalars.keys() - self.defined:
+            for tag in [tag for tag in self.writer.scalars if tag not in self.defined]:
                 axis = {"iter": "epoch", "time": "time"}.get(tag.rsplit("/", 1)[-1], "global_step")
                 self.run.define_metric(tag, step_metric=axis)
                 self.defined.add(tag)
@@ -1202,17 +1202,17 @@ class Progress:
     def __init__(self, epoch: int, max_epochs: int):
         self.first, self.start, self.max_epochs, self.live = epoch, time.perf_counter(), max_epochs, sys.stdout.isatty()
         self.bar = tqdm(total=max_epochs, initial=epoch, disable=not self.live, file=sys.stdout, dynamic_ncols=True, mininterval=0.2,
-                        bar_format="{percentage:3.0f}%|{bar:12}| {postfix}")
+                        bar_format="{desc}")
 
     def show(self, agent: PPOAgent, figures: Dict[str, float], step_time: float, play_time: float, epoch_time: float) -> None:
         epoch, frames = agent.epoch_num, agent.args.num_steps * agent.env.num_envs
         fps = "/".join(f"{frames / max(t, 1e-9) / 1000:.0f}k" for t in (step_time, play_time, epoch_time))
         left = (time.perf_counter() - self.start) / (epoch - self.first) * (self.max_epochs - epoch)
         episodes = f"reward {figures['reward']:.2f} length {figures['length']:.1f}" if figures["finished"] else "no episode finished yet"
-        line = (f"epoch {epoch}/{self.max_epochs} frames {agent.frame:,} fps {fps} {episodes} lr {figures['lr']:.1e} "
-                f"left {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}")
+        line = (f"epoch {epoch}/{self.max_epochs} left {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d} {episodes} "
+                f"lr {figures['lr']:.1e} fps {fps} frames {agent.frame:,}")  # the most important first: a narrow terminal cuts the rest
         if self.live:
-            self.bar.set_postfix_str(line, refresh=False)
+            self.bar.set_description_str(line, refresh=False)
             self.bar.update()
         else:
             print(line, flush=True)
@@ -1414,7 +1414,7 @@ class Runner:
                 "stop_signal": agent.stop_signal}
 
     def report(self, agent: PPOAgent, run_dir: str) -> None:
-        script = f"python {os.path.relpath(os.path.abspath(__file__))}"
+        script = f"python {os.path.relpath(__file__)}"
         best = os.path.join(run_dir, "nn", "best.pth" if agent.best_epoch else "last.pth")
         why = signal.Signals(agent.stop_signal).name if agent.stop_signal else f"--max-epochs {agent.args.max_epochs} reached"
         log(f"\nstopped after epoch {agent.epoch_num} ({why}), mean reward {agent.mean_rewards:.2f} over the last {agent.games_to_track} episodes")

@@ -1,0 +1,1094 @@
+"""Tests of train_ppo.py through the real thing: real processes, event files, W&B offline runs, rl_games, hydra.
+
+Only isaacgym and isaacgymenvs, which cannot be installed from a package index, are stood in for (`ISAACGYM`, below).
+"""
+import json
+import math
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+import train_ppo
+from train_ppo import Args, Cartpole, EpisodeMeter, RunningMeanStd, WindowMeter, gae, load_checkpoint, main
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = str(HERE / "train_ppo.py")
+README = (HERE / "README.md").read_text()
+SMALL = ["--num-envs", "32", "--num-steps", "8", "--max-epochs", "4", "--save-frequency", "2"]
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+
+
+def shell(*arguments, cwd, env=(), code=0, timeout=240):
+    """Run train_ppo.py as a user does; returns (stdout, stderr)."""
+    environment = {**os.environ, "PYTHONPATH": str(cwd), "WANDB_MODE": "offline", **dict(env)}
+    done = subprocess.run([sys.executable, SCRIPT, *arguments], cwd=str(cwd), env=environment, timeout=timeout,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    assert done.returncode == code, f"exit code {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
+    return done.stdout, done.stderr
+
+
+def scalars(run_dir):
+    """{tag: [(step, value), ...]} of all event files of a run, in the order in which they were written; nothing is purged."""
+    found = {}
+    for path in sorted(Path(run_dir, "summaries").glob("events*"), key=lambda p: p.stat().st_mtime):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                assert value.tensor.float_val, value
+                found.setdefault(value.tag, []).append((event.step, value.tensor.float_val[0]))
+    return found
+
+
+def wandb_records(run_dir):
+    """Records of each W&B offline run under a run folder, oldest first, read from its LevelDB-style log."""
+    from wandb.proto import wandb_internal_pb2
+
+    runs = []
+    for path in sorted(Path(run_dir).glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime):
+        data, position, records, buffer = path.read_bytes(), 7, [], b""
+        while position + 7 <= len(data):
+            left = 32768 - position % 32768
+            if left < 7:  # a block's last bytes, too few for a header
+                position += left
+                continue
+            _, length, kind = struct.unpack("<IHB", data[position:position + 7])
+            buffer = (b"" if kind in (1, 2) else buffer) + data[position + 7:position + 7 + length]
+            position += 7 + length
+            if kind in (1, 4):
+                records.append(wandb_internal_pb2.Record.FromString(buffer))
+        runs.append(records)
+    return runs
+
+
+def wandb_run(records):
+    """(run id, config, history rows, {metric: x-axis}) of one offline run."""
+    key = lambda item: item.key or "/".join(item.nested_key)  # noqa: E731
+    run = next(r.run for r in records if r.HasField("run"))
+    config = {key(item): json.loads(item.value_json) for item in run.config.update}
+    rows = [{key(item): json.loads(item.value_json) for item in r.history.item} for r in records if r.HasField("history")]
+    axes = {r.metric.name: r.metric.step_metric for r in records if r.HasField("metric")}
+    return run.run_id, config, rows, axes
+
+
+def snapshot(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file() and "__pycache__" not in str(p)}
+
+
+def differences(a, b, path=""):
+    """Names of the leaves in which two checkpoints differ, to the last bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [d for key in sorted(set(a) | set(b), key=str) for d in differences(a.get(key), b.get(key), f"{path}.{key}")]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{path}.{i}")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else type(a) is type(b) and a == b
+    return [] if same else [path]
+
+
+class Env:
+    """A factory env for tests: reward 1 - |a - obs|, episodes of `lengths[env]` steps, resets before it observes; aliased buffers."""
+
+    num_obs = num_acts = 2
+
+    def __init__(self, num_envs, device, seed, lengths=None, **attributes):
+        self.num_envs = num_envs
+        self.lengths = torch.full((num_envs,), 20) if lengths is None else lengths
+        self.t, self.obs = torch.zeros(num_envs, dtype=torch.long), torch.rand(num_envs, 2) - 0.5
+        self.reward, self.done, self.infos = torch.zeros(num_envs), torch.zeros(num_envs, dtype=torch.long), {}
+        self.__dict__.update(attributes)
+
+    def reset(self):
+        return {"obs": self.obs}
+
+    def step(self, actions):
+        self.reward[:] = 1 - (actions - self.obs).abs().mean(1)
+        self.t += 1
+        self.done[:] = self.t >= self.lengths
+        self.t[self.done.bool()] = 0
+        self.obs[:] = torch.rand(self.num_envs, 2) - 0.5  # in place: whoever kept it without a copy now has other numbers
+        self.infos["time_outs"] = self.done.bool()
+        return {"obs": self.obs}, self.reward, self.done, self.infos
+
+
+@pytest.fixture(scope="session")
+def default_run(tmp_path_factory):
+    """`python train_ppo.py`, as a newcomer runs it, with a pipe for a terminal."""
+    cwd = tmp_path_factory.mktemp("default")
+    out, err = shell(cwd=cwd)
+    return cwd, out, err, next((cwd / "runs").iterdir())
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory of one's own, with W&B offline and torch's generator left as it was found."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    for name in ("my_envs", "my_env", "my_observer"):
+        sys.modules.pop(name, None)
+
+
+# ---------------------------------------------------------------------------------------------------------- the main job
+
+
+def test_default_run_learns_cartpole(default_run):
+    cwd, out, err, run_dir = default_run
+    rewards = [float(x) for x in re.findall(r"reward ([-\d.]+) length", out)]
+    assert rewards[19] < 250 < rewards[-1] and max(rewards) >= 480
+    assert len(re.findall(r"^epoch \d+/100 ", out, re.M)) == 100
+    assert "\r" not in out and "\x1b" not in out, "a pipe gets plain lines"
+    assert not err.strip(), err
+    assert {p.name for p in (run_dir / "nn").iterdir()} == {"best.pth", "last.pth", "epoch_25.pth", "epoch_50.pth", "epoch_75.pth", "epoch_100.pth"}
+    best = load_checkpoint(str(run_dir / "nn" / "best.pth"))
+    assert best["epoch"] >= 50 and best["last_mean_rewards"] == pytest.approx(max(rewards[49:]), abs=0.01)
+
+
+def test_best_checkpoint_plays(default_run):
+    cwd, _, _, run_dir = default_run
+    before = snapshot(cwd)
+    out, _ = shell("--play", "--checkpoint", str(run_dir / "nn" / "best.pth"), cwd=cwd)
+    mean, count = re.search(r"mean ([\d.]+) std .* (\d+) episodes", out).groups()
+    assert float(mean) >= 490 and count == "512"
+    assert snapshot(cwd) == before, "play writes nothing"
+
+
+def test_printed_commands_work(default_run):
+    cwd, out, _, run_dir = default_run
+    command = re.search(r"^play +python (\S+) (.*)$", out, re.M)
+    assert Path(command.group(1)).resolve() == Path(SCRIPT)
+    out, _ = shell(*command.group(2).split(), "--num-envs", "8", cwd=cwd)
+    assert "8 episodes" in out
+
+
+def test_tensorboard_has_rl_games_tags(default_run):
+    found = scalars(default_run[3])
+    tags = ["rewards/{}", "shaped_rewards/{}", "episode_lengths/{}"]
+    expected = {t.format(axis) for t in tags for axis in ("step", "iter", "time")}
+    expected |= {f"losses/{x}" for x in ("a_loss", "c_loss", "entropy", "bounds_loss", "clipfrac", "explained_variance")}
+    expected |= {f"info/{x}" for x in ("last_lr", "lr_mul", "e_clip", "kl", "epochs")}
+    expected |= {f"performance/{x}" for x in ("step_inference_rl_update_fps", "step_inference_fps", "step_fps", "rl_update_time",
+                                              "step_inference_time", "step_time")}
+    assert set(found) == expected
+    assert [step for step, _ in found["losses/a_loss"]] == [8192 * (i + 1) for i in range(100)]
+    assert [step for step, _ in found["rewards/iter"]] == list(range(1, 101))
+    assert all(math.isfinite(v) for values in found.values() for _, v in values)
+
+
+def test_config_json_says_how_to_run_it_again(default_run):
+    config = json.loads((default_run[3] / "config.json").read_text())
+    assert Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["args"].items()}) == Args()
+    assert config["versions"]["torch"] == torch.__version__ and "train_ppo.py" in config["command"] and "git_commit" in config
+
+
+def test_live_line_on_a_terminal(tmp_path):
+    """On a terminal the epoch line is drawn in place, and it fits."""
+    import fcntl
+    import pty
+    import termios
+
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen([sys.executable, SCRIPT, *SMALL], cwd=str(tmp_path), stdout=child, stderr=child)
+    os.close(child)
+    output = b""
+    while True:
+        try:
+            chunk = os.read(parent, 4096)
+        except OSError:
+            break
+        if not chunk:
+            break
+        output += chunk
+    assert process.wait() == 0
+    drawn = [part for part in output.decode().split("\r") if "epoch" in part and "reward" in part and "\n" not in part]
+    assert any("4/4" in part for part in drawn), output
+    assert max(len(re.sub(r"\x1b\[\w", "", part)) for part in drawn) <= 80
+
+
+# ---------------------------------------------------------------------------------------------------------- continuing
+
+
+def same_state(a, b):
+    """Leaves that differ between two checkpoints, but for what must: clocks, names, budgets."""
+    a, b = load_checkpoint(str(a)), load_checkpoint(str(b))
+    for state in (a, b):
+        for key in ("total_time", "wandb_run_id", "summaries"):
+            del state[key]
+        for key in ("max_epochs", "experiment", "checkpoint"):
+            del state["args"][key]
+    return differences(a, b)
+
+
+def test_continuing_is_exact(tmp_path):
+    shell("--max-epochs", "60", "--experiment", "straight", cwd=tmp_path)
+    shell("--max-epochs", "30", "--experiment", "stopped", cwd=tmp_path)
+    assert same_state(tmp_path / "runs/straight/nn/last.pth", tmp_path / "runs/stopped/nn/last.pth"), "the comparison can see a difference"
+    out, _ = shell("--checkpoint", "runs/stopped", "--max-epochs", "60", cwd=tmp_path)
+    assert "exactly where it stopped" in out and sorted(os.listdir(tmp_path / "runs")) == ["stopped", "straight"]
+    assert same_state(tmp_path / "runs/straight/nn/last.pth", tmp_path / "runs/stopped/nn/last.pth") == []
+    assert same_state(tmp_path / "runs/straight/nn/best.pth", tmp_path / "runs/stopped/nn/best.pth") == []
+    straight, stopped = scalars(tmp_path / "runs/straight"), scalars(tmp_path / "runs/stopped")
+    assert set(straight) == set(stopped)
+    for tag in straight:
+        if tag.endswith("/time"):
+            assert [v for _, v in straight[tag]] == [v for _, v in stopped[tag]]
+            assert [s for s, _ in stopped[tag]] == sorted(s for s, _ in stopped[tag]), "time goes on, it does not start over"
+        elif not tag.startswith("performance/"):
+            assert straight[tag] == stopped[tag], tag
+
+
+def test_lost_epochs_are_not_drawn_twice(here):
+    """After a crash the curve is cut back to the checkpoint, whatever the x-axis."""
+    main([*SMALL, "--experiment", "crash", "--max-epochs", "5"])
+    os.remove("runs/crash/nn/last.pth")  # as if killed in epoch 6: the newest file is epoch 4's
+    main(["--checkpoint", "runs/crash", "--max-epochs", "7"])
+    assert [s for s, _ in scalars("runs/crash")["info/epochs"]] == [256 * i for i in range(1, 8)]
+    assert [s for s, _ in scalars("runs/crash")["rewards/iter"]][-4:] == [4, 5, 6, 7]
+
+
+def test_older_checkpoint_branches_into_a_new_run(here, capsys):
+    main([*SMALL, "--experiment", "old"])
+    before = snapshot("runs/old")
+    main(["--checkpoint", "runs/old/nn/epoch_2.pth"])
+    assert snapshot("runs/old") == before
+    branch = json.loads(Path("runs/old_2/config.json").read_text())
+    assert "old/nn/epoch_2.pth (epoch 2)" in branch["branched_from"]
+    assert same_state("runs/old/nn/last.pth", "runs/old_2/nn/last.pth") == []
+
+
+def test_complete_run_says_so(here, capsys):
+    main([*SMALL, "--experiment", "r"])
+    before = snapshot("runs")
+    main(["--checkpoint", "runs/r"])
+    assert "is complete: 4 of 4 epochs" in capsys.readouterr().out and snapshot("runs") == before
+
+
+def test_newest_is_picked_by_epoch_and_broken_files_are_skipped(here, capsys):
+    main([*SMALL, "--experiment", "r", "--max-epochs", "12"])
+    for name in ("last", "epoch_12"):
+        Path(f"runs/r/nn/{name}.pth").write_bytes(b"half a file")
+    main(["--checkpoint", "runs/r"])
+    output = capsys.readouterr()
+    assert output.err.count("skipped") >= 2 and "epoch_10.pth at epoch 10" in output.out  # not epoch_8, the last by name
+
+
+def test_flags_win_over_the_checkpoint(here, capsys):
+    main([*SMALL, "--experiment", "r"])
+    main(["--checkpoint", "runs/r", "--max-epochs", "5", "--learning-rate", "1e-5", "--lr-schedule", "fixed"])
+    assert float(load_checkpoint("runs/r/nn/last.pth")["lr"]) == pytest.approx(1e-5)
+    main(["--checkpoint", "runs/r", "--max-epochs", "6", "--num-envs", "16"])
+    assert "starts new episodes" in capsys.readouterr().out
+
+
+def test_init_from_starts_a_new_run_with_the_weights(here):
+    main([*SMALL, "--experiment", "a", "--units", "8", "--activation", "tanh"])
+    main([*SMALL, "--experiment", "b", "--init-from", "runs/a", "--max-epochs", "1", "--learning-rate", "0", "--lr-schedule", "fixed"])
+    a, b = load_checkpoint("runs/a/nn/last.pth"), load_checkpoint("runs/b/nn/last.pth")
+    assert b["epoch"] == 1 and b["args"]["activation"] == "tanh"
+    weights = [k for k in a["model"] if k.startswith("a2c_network")]
+    assert weights and all(torch.equal(a["model"][k], b["model"][k]) for k in weights)
+    assert b["model"]["running_mean_std.count"] == a["model"]["running_mean_std.count"] + 256
+
+
+def test_keep_last(here):
+    main([*SMALL, "--experiment", "r", "--save-frequency", "1", "--max-epochs", "11", "--keep-last", "2"])
+    assert sorted(os.listdir("runs/r/nn")) == ["epoch_10.pth", "epoch_11.pth", "last.pth"]
+
+
+def test_runs_never_share_a_folder(here):
+    for _ in range(3):
+        main([*SMALL, "--experiment", "same", "--max-epochs", "1"])
+    assert sorted(os.listdir("runs")) == ["same", "same_2", "same_3"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_signal_saves_and_can_be_continued(tmp_path, number):
+    process = subprocess.Popen([sys.executable, SCRIPT, "--max-epochs", "100000", "--experiment", "r", "--num-envs", "64"], cwd=str(tmp_path),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    for line in process.stdout:
+        if line.startswith("epoch 5/"):
+            process.send_signal(number)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 128 + number, rest
+    epoch = load_checkpoint(str(tmp_path / "runs/r/nn/last.pth"))["epoch"]
+    assert epoch >= 5 and f"stopped after epoch {epoch} ({number.name})" in rest
+    out, _ = shell("--checkpoint", "runs/r", "--max-epochs", str(epoch + 1), cwd=tmp_path)
+    assert f"at epoch {epoch}," in out and "exactly" in out
+
+
+# ---------------------------------------------------------------------------------------------------------- play
+
+
+def test_play_takes_the_same_number_of_episodes_from_every_env(here, capsys):
+    """Half of the envs end after 1 step (return 1), half after 9 (return 9): the mean is 5, however many short ones finish first."""
+    Path("my_envs.py").write_text(textwrap.dedent("""
+        import torch
+        from test_train_ppo import Env
+        def make(num_envs, device, seed):
+            env = Env(num_envs, device, seed, lengths=torch.tensor([1, 9] * (num_envs // 2)))
+            step = env.step
+            def constant(actions):
+                obs, reward, done, infos = step(actions)
+                return obs, torch.ones_like(reward), done, infos
+            env.step = constant
+            return env
+    """))
+    main(["--env-id", "my_envs:make", *SMALL, "--experiment", "r"])
+    args = train_ppo.parse_args(["--play", "--checkpoint", "runs/r", "--num-envs", "8", "--games", "21"])
+    result = train_ppo.Runner(args).run()
+    assert (result["mean"], result["min"], result["max"], result["count"], result["std"]) == (5, 1, 9, 24, 4)
+
+
+def test_play_is_deterministic_unless_told_otherwise(here, capsys):
+    main([*SMALL, "--experiment", "r", "--max-epochs", "1"])
+
+    def played(*flags):
+        capsys.readouterr()
+        main(["--play", "--checkpoint", "runs/r", "--num-envs", "8", *flags])
+        return capsys.readouterr().out
+
+    assert played() == played() != played("--stochastic") and "sampled" in played("--stochastic")
+
+
+# ---------------------------------------------------------------------------------------------------------- W&B
+
+
+def test_wandb_offline_run_holds_every_scalar(tmp_path):
+    shell(*SMALL, "--track", "--experiment", "r", "--wandb-group", "g", "--wandb-tags", "x", "y", cwd=tmp_path)
+    shell("--checkpoint", "runs/r", "--max-epochs", "6", cwd=tmp_path)  # --track comes from the checkpoint
+    first, second = (wandb_run(records) for records in wandb_records(tmp_path / "runs/r"))
+    assert first[0] == second[0] == load_checkpoint(str(tmp_path / "runs/r/nn/last.pth"))["wandb_run_id"], "the run is continued, not begun anew"
+    arguments = json.loads((tmp_path / "runs/r/config.json").read_text())["args"]
+    assert arguments.items() <= first[1].items()
+    rows = first[2] + second[2]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6] and [row["global_step"] for row in rows] == [256 * i for i in range(1, 7)]
+    found = scalars(tmp_path / "runs/r")
+    for tag, values in found.items():
+        assert [np.float32(row[tag]) for row in rows if tag in row] == [np.float32(v) for _, v in values], tag
+        axis = {"iter": "epoch", "time": "time"}.get(tag.split("/")[-1], "global_step")
+        assert first[3].get(tag, axis) == second[3][tag] == axis
+        steps = [row[axis] for row in rows if tag in row]
+        if not tag.startswith("performance"):
+            assert [int(step) for step in steps] == [step for step, _ in values], f"{tag} has the x-axis of TensorBoard"
+
+
+def test_wandb_run_id_from_the_environment_wins(tmp_path):
+    shell(*SMALL, "--track", "--experiment", "r", cwd=tmp_path, env={"WANDB_RUN_ID": "mine1234"})
+    assert wandb_run(wandb_records(tmp_path / "runs/r")[0])[0] == "mine1234"
+    assert load_checkpoint(str(tmp_path / "runs/r/nn/last.pth"))["wandb_run_id"] == "mine1234"
+
+
+@pytest.mark.parametrize("trouble", ["no account", "no network", "not installed"])
+def test_wandb_trouble_does_not_stop_training(tmp_path, trouble):
+    env = {"HOME": str(tmp_path), "WANDB_MODE": "online", "WANDB_INIT_TIMEOUT": "5", "NETRC": str(tmp_path / "none"), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    if trouble == "no network":
+        env["WANDB_API_KEY"] = "0" * 40
+    if trouble == "not installed":
+        (tmp_path / "wandb.py").write_text("raise ImportError('no wandb')")
+    out, err = shell(*SMALL, "--track", "--experiment", "r", cwd=tmp_path, env=env)
+    warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and ("W&B" in warnings[0] or "wandb" in warnings[0]), err
+    assert load_checkpoint(str(tmp_path / "runs/r/nn/last.pth"))["epoch"] == 4 and len(scalars(tmp_path / "runs/r")["info/kl"]) == 4
+    if trouble != "not installed":
+        assert len(wandb_run(wandb_records(tmp_path / "runs/r")[-1])[2]) == 4, "recorded offline instead"
+
+
+# ---------------------------------------------------------------------------------------------------------- observers
+
+
+def infos_env(num_envs, device, seed):
+    """An env whose infos hold all that RLGPUAlgoObserver logs; keys come late, tensors are overwritten in place."""
+    env = Env(num_envs, device, seed, lengths=torch.arange(num_envs) % 4 + 2)
+    step, count, reused = env.step, [0], torch.zeros(num_envs)
+
+    def with_infos(actions):
+        obs, reward, done, infos = step(actions)
+        count[0] += 1
+        n = count[0]
+        reused.fill_(float(n))
+        infos["episode"] = {"early": torch.tensor(float(n)), "per_env": reused}
+        if n > 3:
+            infos["episode"]["late"] = 2.0
+        infos["episode_cumulative"] = {"steps": torch.ones(num_envs)}
+        infos["scores"] = torch.full((num_envs,), 7.0)
+        infos["successes"] = torch.tensor(float(n))
+        infos["nested"] = {"deep": n, "numpy": np.float32(n)}
+        return obs, reward, done, infos
+
+    env.step = with_infos
+    return env
+
+
+def test_rlgpu_observer_logs_what_the_env_reports(here):
+    main(["--env-id", "test_train_ppo:infos_env", "--num-envs", "4", "--num-steps", "8", "--max-epochs", "2", "--experiment", "r"])
+    found = scalars("runs/r")
+    # the factory's contract check takes step 1, so the two epochs see n = 2..9 and 10..17
+    assert found["Episode/early"] == found["Episode/per_env"] == [(1, 5.5), (2, 13.5)]
+    assert found["Episode/late"] == [(1, 2.0), (2, 2.0)]
+    assert found["successes/frame"] == [(32, 5.5), (64, 13.5)] and found["successes/iter"] == [(1, 5.5), (2, 13.5)]
+    assert found["nested/deep/iter"] == found["nested/numpy/iter"] == [(1, 5.5), (2, 13.5)]
+    # Envs with episodes of 2, 3, 4 and 5 steps. The first ones are a step short, the contract check took it; the sums start with training.
+    lengths = [[1, 2, 2, 2], [2, 3, 3], [3, 4], [4]]
+    flat = sum(lengths, [])
+    assert found["episode_cumulative/steps"][0] == (32, pytest.approx(np.mean(flat)))
+    assert found["episode_cumulative_min/steps_min"][0] == (32, 1) and found["episode_cumulative_max/steps_max"][0] == (32, 4)
+
+
+def test_rl_games_observers_run_unchanged(here):
+    algo_observer = pytest.importorskip("rl_games.common.algo_observer")
+    args = train_ppo.parse_args(["--env-id", "test_train_ppo:infos_env", "--num-envs", "4", "--num-steps", "8", "--max-epochs", "2", "--experiment", "r"])
+    theirs = [algo_observer.IsaacAlgoObserver(), algo_observer.DefaultAlgoObserver()]
+    # IsaacAlgoObserver's own loop trips over keys that come late: give it an env without
+    observers = [theirs[1], train_ppo.RLGPUAlgoObserver(), train_ppo.WandbAlgoObserver(args)]
+    train_ppo.Runner(args, train_ppo.MultiObserver(observers)).run()
+    found = scalars("runs/r")
+    assert [v for _, v in found["scores/mean"]] == [7, 7] and found["scores/iter"] == [(1, 7), (2, 7)]
+    assert [row["scores/mean"] for row in wandb_run(wandb_records("runs/r")[0])[2]] == [7, 7], "W&B has it too"
+
+    import test_train_ppo
+
+    early = test_train_ppo.infos_env
+
+    def without_late_keys(*args, **kwargs):
+        env = early(*args, **kwargs)
+        step = env.step
+
+        def stepped(actions):
+            obs, reward, done, infos = step(actions)
+            infos["episode"].pop("late", None)
+            infos["episode"] = dict(infos["episode"])
+            return obs, reward, done, infos
+
+        env.step = stepped
+        return env
+
+    test_train_ppo.no_late_env = without_late_keys
+    args = train_ppo.parse_args(["--env-id", "test_train_ppo:no_late_env", "--num-envs", "4", "--num-steps", "8", "--max-epochs", "2", "--experiment", "q"])
+    observers = [theirs[0], train_ppo.WandbAlgoObserver(args)]
+    train_ppo.Runner(args, train_ppo.MultiObserver(observers)).run()
+    assert scalars("runs/q")["Episode/early"] == [(1, 5.5), (2, 13.5)] and scalars("runs/q")["successes/iter"] == [(1, 9), (2, 17)]
+    assert [row["Episode/early"] for row in wandb_run(wandb_records("runs/q")[0])[2]] == [5.5, 13.5]
+
+
+def test_hooks_are_called_in_order_with_rl_games_signatures(here):
+    calls = []
+
+    class Recorder(train_ppo.AlgoObserver):
+        def before_init(self, base_name, config, experiment_name):
+            assert config["horizon_length"] == config["num_steps"] == 8 and experiment_name == config["name"] == "r"
+            calls.append("before_init")
+
+        def after_init(self, algo):
+            for name in ("writer", "device", "ppo_device", "games_to_track", "epoch_num", "frame", "model", "optimizer", "mean_rewards",
+                         "last_mean_rewards", "num_agents", "config"):
+                assert hasattr(algo, name), name
+            self.algo = algo
+            calls.append("after_init")
+
+        def process_infos(self, infos, done_indices):
+            assert torch.equal(done_indices, self.algo.dones.nonzero()) and done_indices.shape[1] == 1
+            calls.append("process_infos")
+
+        def after_steps(self):
+            calls.append("after_steps")
+
+        def after_print_stats(self, frame, epoch_num, total_time):
+            assert frame == epoch_num * 256 and total_time > 0
+            calls.append("after_print_stats")
+
+    train_ppo.Runner(train_ppo.parse_args([*SMALL, "--experiment", "r", "--max-epochs", "2"]), train_ppo.MultiObserver([Recorder()])).run()
+    assert calls == ["before_init", "after_init"] + 2 * (8 * ["process_infos"] + ["after_steps", "after_print_stats"])
+
+
+# ---------------------------------------------------------------------------------------------------------- the algorithm
+
+
+def test_gae_by_hand():
+    rewards, values = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[0.5], [1.5], [2.5]])
+    dones = torch.tensor([[0.0], [1.0], [0.0]])
+    third = 3.0 + 0.9 * 4.0 - 2.5
+    second = 2.0 - 1.5  # the episode ended: neither the next value nor the next advantage counts
+    first = 1.0 + 0.9 * 1.5 - 0.5 + 0.9 * 0.8 * second
+    assert torch.allclose(gae(rewards, values, dones, torch.tensor([4.0]), 0.9, 0.8).flatten(), torch.tensor([first, second, third]))
+
+
+def agent_of(here, **arguments):
+    """A PPOAgent on `Env`, built as the Runner builds it."""
+    args = Args(env_id="-", num_envs=4, num_steps=8, minibatch_size=8, train_dir=str(here), **arguments)
+    torch.manual_seed(0)
+    config = {"run_dir": str(here), "wandb_run_id": "x"}
+    return train_ppo.PPOAgent(args, Env(4, "cpu", 0, lengths=torch.tensor([3, 5, 50, 50])), train_ppo.AlgoObserver(), train_ppo.Writer(str(here)), config)
+
+
+def test_time_limits_are_bootstrapped_with_the_value_of_the_last_state(here):
+    """The shaped return of a finished episode is scale * sum of rewards + gamma * V(s at its last step)."""
+    agent = agent_of(here, reward_scale=0.5, gamma=0.9)
+    agent.rollout()
+    expected = 0.5 * agent.buffer["rewards"][:3, 0].sum() + 0.9 * agent.buffer["values"][2, 0]
+    assert agent.buffer["time_outs"][2, 0] == 1
+    agent.update()
+    assert torch.isclose(agent.episodes.finished.ring[0, 1], expected)
+
+
+def test_missing_time_outs_are_warned_about_once(here, capsys):
+    Path("my_envs.py").write_text(textwrap.dedent("""
+        from test_train_ppo import Env
+        def make(num_envs, device, seed):
+            env = Env(num_envs, device, seed, max_episode_length=20)
+            step = env.step
+            env.step = lambda actions: (*step(actions)[:3], {})
+            return env
+    """))
+    main(["--env-id", "my_envs:make", *SMALL, "--max-epochs", "9"])
+    assert capsys.readouterr().err.count("no infos['time_outs']") == 1
+
+
+def test_rollout_keeps_copies_of_what_the_env_overwrites(here):
+    agent = agent_of(here)
+    agent.rollout()
+    assert len({tuple(row.flatten().tolist()) for row in agent.buffer["obs"]}) == 8, "eight different observations, not one eight times"
+    assert torch.allclose(agent.buffer["rewards"], 1 - (agent.buffer["actions"].clamp(-1, 1) - agent.buffer["obs"]).abs().mean(-1))
+
+
+def test_steps_whose_action_was_ignored_teach_nothing(here):
+    """In a next_step_autoreset env the sample after a done has no weight: whatever its reward, the update is the same."""
+
+    def weights(reward, autoreset):
+        agent = agent_of(here)
+        agent.env.next_step_autoreset = autoreset
+        agent.rollout()
+        agent.buffer["rewards"][3, 0] += reward  # env 0's first episode ends with step 2
+        agent.update()
+        return torch.cat([p.detach().flatten() for p in agent.model.parameters()])
+
+    assert torch.equal(weights(0.0, True), weights(100.0, True))
+    assert not torch.equal(weights(0.0, False), weights(100.0, False))
+
+
+def test_running_mean_std_is_that_of_all_data():
+    data = torch.randn(1000, 3, dtype=torch.float64) * 5 + 2
+    running = RunningMeanStd(3)
+    for chunk in data.split(137):
+        running.update(chunk)
+    # it starts as if one sample with mean 0 and variance 1 had been seen
+    mean = data.sum(0) / 1001
+    var = (data.square().sum(0) + 1.0) / 1001 - mean.square()
+    assert torch.allclose(running.running_mean, mean) and torch.allclose(running.running_var, var) and running.count == 1001
+    x = data[:5].float()
+    assert torch.allclose(running.denormalize(running.normalize(x)), x, atol=1e-4)
+    assert running.normalize(torch.full((1, 3), 1e6)).max() == 5
+
+
+def test_window_meter_is_a_deque_on_the_device():
+    from collections import deque
+
+    torch.manual_seed(0)
+    meter, reference, total = WindowMeter(7, 1, torch.device("cpu")), deque(maxlen=7), 0
+    for rows in (3, 0, 2, 9, 1, 30, 4):
+        values, mask = torch.randn(rows + 3, 1), torch.rand(rows + 3) < 0.6
+        meter.add(values, mask)
+        reference.extend(values[mask].flatten().tolist())
+        if reference:
+            assert meter.stats().flatten().tolist() == pytest.approx([np.mean(reference), min(reference), max(reference)], abs=1e-6)
+        total += int(mask.sum())
+    assert int(meter.count) == total
+
+
+def test_episode_meter_counts_across_rollouts():
+    meter = EpisodeMeter(2, 10, torch.device("cpu"))
+    rewards = torch.tensor([[1.0, 10.0], [2.0, 20.0]])
+    meter.add_rollout(rewards, 2 * rewards, torch.zeros(2, 2))
+    meter.add_rollout(rewards, 2 * rewards, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    assert meter.finished.ring[:2].tolist() == [[40, 80, 3], [6, 12, 4]]
+    assert meter.running.tolist() == [[0, 0, 0], [20, 40, 1]]
+
+
+def test_schedules():
+    lr, kl = torch.tensor(1e-3), torch.tensor
+    assert train_ppo.adaptive_lr(lr, kl(0.017), 0.008) == pytest.approx(1e-3 / 1.5)
+    assert train_ppo.adaptive_lr(lr, kl(0.003), 0.008) == pytest.approx(1.5e-3)
+    assert train_ppo.adaptive_lr(lr, kl(0.008), 0.008) == lr
+    assert train_ppo.adaptive_lr(kl(9e-3), kl(0.0), 0.008) == pytest.approx(1e-2)
+    assert train_ppo.adaptive_lr(kl(1.2e-6), kl(1.0), 0.008) == pytest.approx(1e-6)
+
+
+def test_policy_kl_matches_torch():
+    torch.manual_seed(0)
+    mu, old_mu, logstd, old_logstd = torch.randn(9, 3), torch.randn(9, 3), torch.randn(3), torch.randn(3)
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mu, logstd.exp()), normal(old_mu, old_logstd.exp())).sum(-1).mean()
+    assert torch.isclose(train_ppo.policy_kl(mu, logstd, old_mu, old_logstd), expected)
+    assert torch.allclose(train_ppo.log_prob(old_mu, mu, logstd), normal(mu, logstd.exp()).log_prob(old_mu).sum(-1), atol=1e-5)
+
+
+def test_parameters_have_rl_games_names_in_its_order(here):
+    """Against rl_games' own model: same names, shapes and parameter order, or checkpoints could not move."""
+    builder = pytest.importorskip("rl_games.algos_torch.model_builder")
+    for separate in (False, True):
+        params = dict(model=dict(name="continuous_a2c_logstd"), network=dict(
+            name="actor_critic", separate=separate, mlp=dict(units=[16, 8], activation="elu", initializer=dict(name="default"), regularizer=dict(name="None")),
+            space=dict(continuous=dict(mu_activation="None", sigma_activation="None", mu_init=dict(name="default"), fixed_sigma=True,
+                                       sigma_init=dict(name="const_initializer", val=0)))))
+        theirs = builder.ModelBuilder().load(params).build(dict(actions_num=2, input_shape=(5,), num_seqs=1, value_size=1, normalize_value=True, normalize_input=True))
+        ours = train_ppo.ActorCritic(5, 2, (16, 8), separate=separate)
+        assert [(n, p.shape) for n, p in ours.named_parameters()] == [(n, p.shape) for n, p in theirs.named_parameters()]
+        assert {n: (p.shape, p.dtype) for n, p in ours.state_dict().items()} == {n: (p.shape, p.dtype) for n, p in theirs.state_dict().items()}
+        theirs.load_state_dict(ours.state_dict())
+        obs = torch.randn(50, 5)
+        result = theirs.eval()(dict(is_train=False, obs=obs.clone(), prev_actions=None, rnn_states=None))
+        mu, logstd, value = ours(ours.norm_obs(obs))
+        assert torch.allclose(result["mus"], mu, atol=1e-6) and torch.allclose(result["values"].squeeze(), ours.denorm_value(value), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------- environments
+
+
+def test_cartpole_follows_the_equations_of_motion():
+    """Against an independent double-precision integration of the Lagrangian with 100 times smaller steps."""
+    env = Cartpole(1, torch.device("cpu"))
+    env.step(torch.zeros(1, 1))
+    env.state = torch.tensor([[0.1], [-0.3], [0.2], [0.4]])
+    x, v, angle, omega = env.state.double().flatten().tolist()
+    for force in (0.02, -0.03, 0.01):
+        env.step(torch.tensor([[force]]))
+        for _ in range(200):
+            c, s = math.cos(angle), math.sin(angle)
+            mass = np.array([[2.0, -0.47 * c], [-0.47 * c, (0.06**2 + 1) / 12 + 0.47**2]])
+            a, alpha = np.linalg.solve(mass, [400 * force - 0.47 * s * omega**2, 9.81 * 0.47 * s])
+            v, omega = v + a * 0.0166 / 200, omega + alpha * 0.0166 / 200
+            x, angle = x + v * 0.0166 / 200, angle + omega * 0.0166 / 200
+        assert env.state.flatten().tolist() == pytest.approx([x, v, angle, omega], abs=0.03)
+
+
+def test_cartpole_keeps_isaacgymenvs_contract():
+    torch.manual_seed(0)
+    env = Cartpole(3, torch.device("cpu"))
+    assert env.reset()["obs"].abs().sum() == 0, "reset() resets nothing"
+    obs, reward, done, infos = env.step(torch.ones(3, 1))
+    assert obs["obs"].shape == (3, 4) and obs["obs"].abs().max() <= 0.25 and done.dtype == torch.int64 and infos["time_outs"].dtype == torch.bool
+    env.state[0, 0], env.state[2, 1] = 3.1, 2.0  # env 0: cart off the track; env 1: pole down
+    obs, reward, done, infos = env.step(torch.zeros(3, 1))
+    assert reward[:2].tolist() == [-2, -2] and done.tolist() == [1, 1, 0] and not infos["time_outs"].any()
+    assert obs["obs"][0, 0] > 3, "the observation with done=1 is the episode's last one"
+    obs, reward, done, infos = env.step(torch.ones(3, 1))
+    assert obs["obs"][:2].abs().max() <= 0.25 and done.tolist() == [0, 0, 0], "the next step resets, whatever the action"
+    steps = 0
+    while True:
+        env.state.zero_()  # held upright, it ends by the clock
+        obs, reward, done, infos = env.step(torch.zeros(3, 1))
+        steps += 1
+        if done[0]:
+            break
+    assert steps == 499 and infos["time_outs"].tolist() == [True, True, False]  # env 2 ended earlier and began anew
+
+
+def test_cartpole_never_waits_for_the_device():
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    env = Cartpole(64, torch.device("cuda:0"))
+    actions = torch.zeros(64, 1, device="cuda:0")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            env.step(actions)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# A stand-in for NVIDIA's isaacgym and IsaacGymEnvs, with the facts about them that break naive trainers.
+ISAACGYM = {
+    "isaacgym/__init__.py": """
+        import sys
+        if "torch" in sys.modules:
+            raise ImportError("PyTorch was imported before isaacgym modules.  Please import torch after isaacgym modules.")
+    """,
+    "isaacgym/torch_utils.py": """
+        import numpy as np
+        import torch
+        def get_axis_params(value, axis_idx, dtype=np.float):
+            return list(np.eye(3)[axis_idx].astype(dtype) * value)
+    """,
+    "isaacgymenvs/__init__.py": """
+        from omegaconf import OmegaConf
+        import isaacgym, torch
+        from isaacgym.torch_utils import get_axis_params
+        OmegaConf.register_new_resolver("eq", lambda x, y: x.lower() == y.lower())
+        OmegaConf.register_new_resolver("contains", lambda x, y: x.lower() in y.lower())
+        OmegaConf.register_new_resolver("if", lambda pred, a, b: a if pred else b)
+        OmegaConf.register_new_resolver("resolve_default", lambda default, arg: default if arg == "" else arg)
+        MADE = []
+        def make(seed, task, num_envs, sim_device, rl_device, graphics_device_id=-1, headless=False, multi_gpu=False,
+                 virtual_screen_capture=False, force_render=True, cfg=None):
+            print("Importing module 'gym_38' (stand-in)")
+            if MADE:
+                raise RuntimeError("Failed to create sim: one simulation per process")
+            MADE.append(1)
+            import rl_games
+            cfg = OmegaConf.to_container(cfg.task, resolve=True)
+            assert cfg["env"]["numEnvs"] == num_envs
+            assert not cfg["sim"]["use_gpu_pipeline"] and not cfg["sim"]["physx"]["use_gpu"], "a GPU pipeline without a GPU"
+            assert torch.initial_seed() == int(seed), "make(seed) seeds nothing: whoever calls it must"
+            return Task(cfg)
+        class Task:
+            # reward 1 - mean |action - obs|; auto-resets on the step after done; all buffers are reused
+            num_acts = num_actions = 2
+            num_obs = num_observations = 3
+            max_episode_length = 30
+            def __init__(self, cfg):
+                n = self.num_envs = cfg["env"]["numEnvs"]
+                self.obs_buf, self.rew_buf = torch.zeros(n, 3), torch.zeros(n)
+                self.reset_buf, self.progress_buf = torch.ones(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
+                self.extras, self.obs_dict, self.curriculum, self.frames = {}, {}, 0, 0
+            def reset(self):
+                self.obs_dict["obs"] = torch.clamp(self.obs_buf, -5, 5)
+                return self.obs_dict
+            def step(self, actions):
+                assert actions.abs().max() <= 1 and not actions.requires_grad
+                self.rew_buf[:] = 1 - (actions - self.obs_buf[:, :2]).abs().mean(1)
+                self.progress_buf += 1
+                ids = self.reset_buf.nonzero().squeeze(-1)
+                if len(ids):
+                    self.rew_buf[ids], self.reset_buf[ids], self.progress_buf[ids] = 0.0, 0, 0
+                self.obs_buf[:] = torch.rand(self.num_envs, 3) - 0.5
+                self.reset_buf[:] = torch.where(self.progress_buf >= self.max_episode_length - 1, 1, self.reset_buf)
+                self.extras["time_outs"] = (self.progress_buf >= self.max_episode_length - 1) & (self.reset_buf != 0)
+                self.extras["episode"] = {"level": torch.tensor(float(self.curriculum))}
+                self.obs_dict["obs"] = torch.clamp(self.obs_buf, -5, 5)
+                return self.obs_dict, self.rew_buf, self.reset_buf, self.extras
+            def set_train_info(self, env_frames, *args):
+                self.curriculum += 1
+            def get_env_state(self):
+                return {"curriculum": self.curriculum}
+            def set_env_state(self, env_state):
+                self.curriculum = env_state["curriculum"]
+    """,
+    "isaacgymenvs/cfg/config.yaml": """
+        task_name: ${task.name}
+        num_envs: ''
+        seed: 42
+        max_iterations: ''
+        physics_engine: 'physx'
+        pipeline: 'gpu'
+        sim_device: 'cuda:0'
+        rl_device: 'cuda:0'
+        graphics_device_id: 0
+        multi_gpu: False
+        headless: False
+        checkpoint: ''
+        experiment: ''
+        defaults:
+          - task: Ant
+          - train: ${task}PPO
+          - override hydra/job_logging: disabled
+          - _self_
+        hydra:
+          output_subdir: null
+          run:
+            dir: .
+    """,
+    "isaacgymenvs/cfg/task/Ant.yaml": """
+        name: Ant
+        physics_engine: ${..physics_engine}
+        env:
+          numEnvs: ${resolve_default:64,${...num_envs}}
+          clipActions: 1.0
+        sim:
+          use_gpu_pipeline: ${eq:${...pipeline},"gpu"}
+          physx:
+            use_gpu: ${contains:"cuda",${....sim_device}}
+    """,
+    "isaacgymenvs/cfg/train/AntPPO.yaml": """
+        params:
+          seed: ${...seed}
+          algo:
+            name: a2c_continuous
+          model:
+            name: continuous_a2c_logstd
+          network:
+            name: actor_critic
+            separate: False
+            space:
+              continuous:
+                mu_activation: None
+                sigma_activation: None
+                mu_init: {name: default}
+                sigma_init: {name: const_initializer, val: -0.5}
+                fixed_sigma: True
+            mlp:
+              units: [24, 12]
+              activation: elu
+              d2rl: False
+              initializer: {name: default}
+              regularizer: {name: None}
+          load_checkpoint: ${if:${...checkpoint},True,False}
+          config:
+            name: ${resolve_default:Ant,${....experiment}}
+            env_name: rlgpu
+            multi_gpu: ${....multi_gpu}
+            ppo: True
+            mixed_precision: True
+            normalize_input: True
+            normalize_value: True
+            value_bootstrap: True
+            num_actors: ${....task.env.numEnvs}
+            reward_shaper: {scale_value: 0.01}
+            normalize_advantage: True
+            gamma: 0.98
+            tau: 0.9
+            learning_rate: 3e-4
+            lr_schedule: adaptive
+            schedule_type: standard
+            kl_threshold: 0.016
+            score_to_win: 20000
+            max_epochs: ${resolve_default:6,${....max_iterations}}
+            save_best_after: 2
+            save_frequency: 3
+            grad_norm: 1.0
+            entropy_coef: 0.001
+            truncate_grads: True
+            e_clip: 0.1
+            horizon_length: 8
+            minibatch_size: 256
+            mini_epochs: 3
+            critic_coef: 2
+            clip_value: True
+            seq_len: 4
+            bounds_loss_coef: 0.0001
+            something_new: 1
+    """,
+}
+LSTM = ISAACGYM["isaacgymenvs/cfg/train/AntPPO.yaml"].replace("separate: False", "separate: False\n            rnn: {name: lstm, units: 8, layers: 1}")
+CENTRAL = ISAACGYM["isaacgymenvs/cfg/train/AntPPO.yaml"].replace("ppo: True", "ppo: True\n            central_value_config: {minibatch_size: 256}")
+
+
+@pytest.fixture
+def isaacgym(tmp_path):
+    """A working directory whose PYTHONPATH has the stand-ins, and the tasks Ant, AntLSTM and AntCentral."""
+    files = dict(ISAACGYM)
+    for name, train in (("AntLSTM", LSTM), ("AntCentral", CENTRAL)):
+        files[f"isaacgymenvs/cfg/task/{name}.yaml"] = files["isaacgymenvs/cfg/task/Ant.yaml"].replace("name: Ant", f"name: {name}")
+        files[f"isaacgymenvs/cfg/train/{name}PPO.yaml"] = train
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+    return tmp_path
+
+
+pytest_hydra = pytest.mark.skipif(train_ppo.importlib.util.find_spec("hydra") is None, reason="needs hydra-core")
+
+
+@pytest_hydra
+def test_isaacgym_task_trains_with_its_own_settings(isaacgym):
+    out, err = shell("--env-id", "Ant", "--num-steps", "16", "--experiment", "r", cwd=isaacgym)
+    args = load_checkpoint(str(isaacgym / "runs/r/nn/last.pth"))["args"]
+    expected = dict(num_steps=16, units=[24, 12], sigma_init=-0.5, mixed_precision=True, reward_scale=0.01, gamma=0.98, gae_lambda=0.9, learning_rate=3e-4,
+                    schedule_type="standard", kl_threshold=0.016, max_epochs=6, save_best_after=2, save_frequency=3, max_grad_norm=1.0, ent_coef=0.001,
+                    clip_coef=0.1, minibatch_size=256, update_epochs=3, vf_coef=2.0, bounds_loss_coef=1e-4, num_envs=64)
+    assert {k: args[k] for k in expected} == expected  # all from the yaml, but num_steps, which the flag gave
+    assert "AntPPO.yaml sets something_new = 1" in err and err.count("warning:") == 1
+    found = scalars(isaacgym / "runs/r")
+    assert [v for _, v in found["Episode/level"]] == [1, 2, 3, 4, 5, 6]
+    assert (isaacgym / "runs/r/nn/best.pth").exists()
+
+    out, _ = shell("--checkpoint", "runs/r", "--max-epochs", "8", cwd=isaacgym)
+    assert "the env cannot be restored: it starts new episodes" in out
+    assert [v for _, v in scalars(isaacgym / "runs/r")["Episode/level"]] == [1, 2, 3, 4, 5, 6, 7, 8], "the curriculum goes on"
+    out, _ = shell("--play", "--checkpoint", "runs/r", "--num-envs", "5", cwd=isaacgym)
+    assert "mean length 30.0, 5 episodes" in out
+
+
+@pytest_hydra
+@pytest.mark.parametrize("task, reason", [("AntLSTM", "a recurrent network (LSTM or GRU)"), ("AntCentral", "a central value network"),
+                                          ("Anymal", "IsaacGymEnvs has Ant, AntCentral, AntLSTM")])
+def test_isaacgym_task_that_cannot_be_trained_is_refused(isaacgym, task, reason):
+    before = snapshot(isaacgym)
+    _, err = shell("--env-id", task, cwd=isaacgym, code=2)
+    assert err.startswith("error: ") and len(err.splitlines()) == 1 and reason in err
+    assert snapshot(isaacgym) == before
+
+
+@pytest_hydra
+def test_isaacgym_imported_too_late_says_what_to_do(isaacgym):
+    """With torch imported first the real package raises: another simulator must not step in silently."""
+    code = "import torch, train_ppo; train_ppo.main(['--env-id', 'Ant'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=str(isaacgym), env={**os.environ, "PYTHONPATH": f"{isaacgym}{os.pathsep}{HERE}"},
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    assert done.returncode == 2 and "error: Isaac Gym cannot be used" in done.stderr and "PyTorch was imported before" in done.stderr
+
+
+@pytest_hydra
+def test_auto_takes_isaacgym_and_sim_torch_does_not(isaacgym):
+    _, err = shell("--env-id", "Cartpole", cwd=isaacgym, code=2)
+    assert "unknown --env-id Cartpole: IsaacGymEnvs has" in err
+    out, _ = shell("--env-id", "Cartpole", "--sim", "torch", *SMALL, cwd=isaacgym)
+    assert "training Cartpole" in out
+
+
+def test_yaml_settings_of_isaacgymenvs_cartpole_are_the_defaults():
+    """The numbers of CartpolePPO.yaml, as facts, give exactly the built-in defaults."""
+    config = dict(normalize_input=True, normalize_value=True, reward_shaper=dict(scale_value=0.1), normalize_advantage=True, gamma=0.99, tau=0.95,
+                  learning_rate="3e-4", lr_schedule="adaptive", kl_threshold=0.008, score_to_win=20000, max_epochs=100, save_best_after=50,
+                  save_frequency=25, grad_norm=1.0, entropy_coef=0.0, truncate_grads=True, e_clip=0.2, horizon_length=16, minibatch_size=8192,
+                  mini_epochs=8, critic_coef=4, clip_value=True, seq_len=4, bounds_loss_coef=0.0001, num_actors=512, mixed_precision=False)
+    network = dict(name="actor_critic", separate=False, mlp=dict(units=[32, 32], activation="elu", d2rl=False),
+                   space=dict(continuous=dict(mu_activation="None", fixed_sigma=True, sigma_init=dict(name="const_initializer", val=0))))
+    params = dict(algo=dict(name="a2c_continuous"), model=dict(name="continuous_a2c_logstd"), network=network, config=config)
+    assert Args(**train_ppo.settings_from_yaml(params, "Cartpole")) == Args()
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """A finished run, and files that are no checkpoints."""
+    cwd = tmp_path_factory.mktemp("small")
+    shell(*SMALL, "--experiment", "r", cwd=cwd)
+    good = (cwd / "runs/r/nn/last.pth").read_bytes()
+    (cwd / "truncated.pth").write_bytes(good[:len(good) // 2])
+    (cwd / "flipped.pth").write_bytes(good[:9000] + bytes([good[9000] ^ 1]) + good[9001:])
+    (cwd / "empty.pth").write_bytes(b"")
+    (cwd / "text.pth").write_text("not a checkpoint")
+    torch.save({"weights": torch.zeros(3)}, str(cwd / "other.pth"))
+    torch.save({"model": Path("x")}, str(cwd / "code.pth"))
+    state = load_checkpoint(str(cwd / "runs/r/nn/last.pth"))
+    torch.save({**state, "format_version": 99}, str(cwd / "newer.pth"))
+    (cwd / "folder").mkdir()
+    (cwd / "bad_envs.py").write_text(textwrap.dedent("""
+        import torch
+        from test_train_ppo import Env
+        def good(num_envs, device, seed): return Env(num_envs, device, seed)
+        def wrong_count(num_envs, device, seed): return Env(num_envs + 1, device, seed)
+        def no_acts(num_envs, device, seed):
+            env = Env(num_envs, device, seed); env.num_acts = None; return env
+        def changed(**changes):
+            def make(num_envs, device, seed):
+                env = Env(num_envs, device, seed); step = env.step
+                def stepped(actions):
+                    result = dict(zip(("obs", "reward", "done", "infos"), step(actions)))
+                    result.update({k: f(result[k]) for k, f in changes.items()})
+                    return tuple(result.values())
+                env.step = stepped
+                return env
+            return make
+        wide_reward = changed(reward=lambda r: r.unsqueeze(1))
+        list_done = changed(done=lambda d: d.tolist())
+        tensor_obs = changed(obs=lambda o: o["obs"])
+        wide_obs = changed(obs=lambda o: {"obs": torch.zeros(32, 7)})
+        list_infos = changed(infos=lambda i: [])
+    """))
+    return cwd
+
+
+BAD = [
+    (["--env-id", "Ant"], "unknown --env-id Ant: without Isaac Gym only Cartpole is built in"),
+    (["--env-id", "Cartpole", "--sim", "isaacgym"], "Isaac Gym cannot be used: it is not installed"),
+    (["--env-id", "no_such_module:f"], "cannot import no_such_module"),
+    (["--env-id", "bad_envs:nothing"], "the module bad_envs has no nothing"),
+    (["--env-id", "bad_envs:no_acts"], "num_acts must be a positive int"),
+    (["--env-id", "bad_envs:wrong_count"], "asked for num_envs=32, made 33"),
+    (["--env-id", "bad_envs:wide_reward"], "step()'s reward must be a tensor of shape (32,), not shape (32, 1)"),
+    (["--env-id", "bad_envs:list_done"], "step()'s done must be a tensor of shape (32,), not list"),
+    (["--env-id", "bad_envs:tensor_obs"], "step()[0] must be a dict with key 'obs', not Tensor"),
+    (["--env-id", "bad_envs:wide_obs"], "step()[0]['obs'] must be a tensor of shape (32, 2), not shape (32, 7)"),
+    (["--env-id", "bad_envs:list_infos"], "infos a dict"),
+    (["--minibatch-size", "100"], "choose a --minibatch-size that divides 256"),
+    (["--num-envs", "0"], "--num-envs must be at least 1, not 0"),
+    (["--num-steps", "-3"], "--num-steps must be at least 1, not -3"),
+    (["--max-epochs", "0"], "--max-epochs must be at least 1"),
+    (["--learning-rate", "-1"], "--learning-rate must be at least 0"),
+    (["--gamma", "nan"], "--gamma must be at least 0, not nan"),
+    (["--units", "0"], "--units must be positive"),
+    (["--device", "gpu"], "--device gpu is not a torch device"),
+    (["--device", "cuda:77"], "CUDA devices here"),
+    (["--play"], "--play needs --checkpoint"),
+    (["--checkpoint", "missing.pth"], "missing.pth does not exist"),
+    (["--checkpoint", "folder"], "has no readable checkpoint"),
+    (["--checkpoint", "truncated.pth"], "truncated.pth is truncated or not a checkpoint"),
+    (["--checkpoint", "flipped.pth"], "flipped.pth is damaged"),
+    (["--checkpoint", "empty.pth"], "empty.pth is truncated or not a checkpoint"),
+    (["--checkpoint", "text.pth"], "text.pth is truncated or not a checkpoint"),
+    (["--checkpoint", "other.pth"], "other.pth is not a checkpoint of train_ppo.py: it lacks model"),
+    (["--checkpoint", "code.pth"], "code.pth is not a checkpoint of plain tensors and numbers (it asks to run code): refused"),
+    (["--checkpoint", "newer.pth"], "written by a newer train_ppo.py"),
+    (["--checkpoint", "runs/r", "--env-id", "bad_envs:good", "--max-epochs", "9"], "for 4 observations and 1 actions, but the env has 2 and 2"),
+    (["--play", "--checkpoint", "runs/r", "--env-id", "bad_envs:good"], "for 4 observations and 1 actions, but the env has 2 and 2"),
+    (["--init-from", "runs/r", "--env-id", "bad_envs:good"], "for 4 observations and 1 actions, but the env has 2 and 2"),
+    (["--checkpoint", "runs/r", "--units", "8", "--max-epochs", "9"], "does not fit the network that the arguments describe"),
+    (["--checkpoint", "runs/r", "--init-from", "runs/r", "--max-epochs", "9"], "give one of them"),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_bad_input_gets_one_line_and_writes_nothing(small_run, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(small_run)
+    monkeypatch.setattr(sys, "path", [str(small_run), str(HERE), *sys.path])
+    before, time_before = snapshot(small_run), time.time()
+    with pytest.raises(SystemExit) as stopped:
+        main([*([] if "--checkpoint" in flags else SMALL), *flags])
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2
+    assert error[-1].startswith("error: ") and message in error[-1], error
+    assert all(line.startswith("warning: ") for line in error[:-1])
+    assert snapshot(small_run) == before
+    assert not [p for p in small_run.rglob("*.pth") if p.stat().st_mtime > time_before]
+
+
+def test_bad_input_in_a_real_process(small_run):
+    out, err = shell("--env-id", "Humanoid", cwd=small_run, code=2)
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: unknown --env-id Humanoid")
+    _, err = shell("--no-such-flag", cwd=small_run, code=2)
+    assert "no-such-flag" in err and "Traceback" not in err
+
+
+# ---------------------------------------------------------------------------------------------------------- the README
+
+
+def snippets(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_readme_snippets_run(here):
+    """The env and the observer of the README, as copied from it."""
+    env, observer = (next(s for s in snippets("python") if name in s.splitlines()[0]) for name in ("my_env.py", "my_observer.py"))
+    Path("my_env.py").write_text(env)
+    Path("my_observer.py").write_text(observer)
+    shell("--env-id", "my_env:make_env", "--max-epochs", "30", "--experiment", "r", "--save-best-after", "5", cwd=here)
+    rewards = [v for _, v in scalars("runs/r")["rewards/iter"]]
+    assert rewards[-1] > rewards[0] + 5, "it learns"
+    done = subprocess.run([sys.executable, "my_observer.py", *SMALL], cwd=str(here), env={**os.environ, "PYTHONPATH": str(HERE)}, stdout=subprocess.PIPE,
+                          universal_newlines=True, check=True)
+    lines = [json.loads(line) for line in Path("metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4] and all("losses/a_loss" in line for line in lines), done.stdout
+
+
+def test_readme_lists_every_argument():
+    """Name, default and meaning of each, word for word as in Args."""
+    source = (HERE / "train_ppo.py").read_text()
+    for field in train_ppo.fields(Args):
+        meaning = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.M).group(1)
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        assert f"| `--{field.name.replace('_', '-')}` | {default} | {meaning} |" in README, field.name
+
+
+def test_file_runs_on_python_3_8():
+    """No syntax newer than 3.8, whatever Python runs this test."""
+    import ast
+
+    for name in ("train_ppo.py", "test_train_ppo.py"):
+        ast.parse((HERE / name).read_text(), feature_version=(3, 8))
