@@ -168,7 +168,7 @@ def test_best_checkpoint_plays(default_run):
 def test_printed_commands_work(default_run):
     cwd, out, _, run_dir = default_run
     command = re.search(r"^play +python (\S+) (.*)$", out, re.M)
-    assert Path(command.group(1)).resolve() == Path(SCRIPT)
+    assert (cwd / command.group(1)).resolve() == Path(SCRIPT)
     out, _ = shell(*command.group(2).split(), "--num-envs", "8", cwd=cwd)
     assert "8 episodes" in out
 
@@ -1001,10 +1001,10 @@ BAD = [
     (["--env-id", "no_such_module:f"], "cannot import no_such_module"),
     (["--env-id", "bad_envs:nothing"], "the module bad_envs has no nothing"),
     (["--env-id", "bad_envs:no_acts"], "num_acts must be a positive int"),
-    (["--env-id", "bad_envs:wrong_count"], "asked for num_envs=32, made 33"),
+    (["--env-id", "bad_envs:wrong_count"], "num_envs must be the 32 that were asked for, not 33"),
     (["--env-id", "bad_envs:wide_reward"], "step()'s reward must be a tensor of shape (32,), not shape (32, 1)"),
     (["--env-id", "bad_envs:list_done"], "step()'s done must be a tensor of shape (32,), not list"),
-    (["--env-id", "bad_envs:tensor_obs"], "step()[0] must be a dict with key 'obs', not Tensor"),
+    (["--env-id", "bad_envs:tensor_obs"], "step()[0]['obs'] must be a tensor of shape (32, 2), not missing"),
     (["--env-id", "bad_envs:wide_obs"], "step()[0]['obs'] must be a tensor of shape (32, 2), not shape (32, 7)"),
     (["--env-id", "bad_envs:list_infos"], "infos a dict"),
     (["--minibatch-size", "100"], "choose a --minibatch-size that divides 256"),

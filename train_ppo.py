@@ -85,8 +85,8 @@ def warn(message: str) -> None:
 class Args:
     """Names are CleanRL's; (rl_games: ...) is the same setting in a `<Task>PPO.yaml`. Defaults are CartpolePPO.yaml's."""
 
-    env_id: str = "Cartpole"  # "Cartpole" (built in), an IsaacGymEnvs task such as "Ant", or "module:factory" with factory(num_envs, device, seed)
-    sim: Literal["auto", "isaacgym", "torch"] = "auto"  # who simulates a task given by name; auto: Isaac Gym where it is installed, else the built-in torch Cartpole
+    env_id: str = "Cartpole"  # Cartpole (built in), an IsaacGymEnvs task such as Ant, or module:factory
+    sim: Literal["auto", "isaacgym", "torch"] = "auto"  # auto: Isaac Gym where it is installed, else the built-in Cartpole
     num_envs: int = 512  # parallel environments (rl_games: num_actors)
     seed: int = 42  # seeds Python, numpy and torch, before the environment is made and again before its first step
     torch_deterministic: bool = False  # use deterministic torch kernels only (slower on a GPU)
@@ -95,11 +95,11 @@ class Args:
     headless: bool = True  # Isaac Gym without its viewer window
 
     # the run
-    experiment: str = ""  # name of the run's folder; empty: <env_id>_<date>_<time>. Made unique: a run never writes into another's folder
+    experiment: str = ""  # the run's folder, made unique; empty: <env_id>_<date>_<time>
     train_dir: str = "runs"  # folder of all runs
     checkpoint: str = ""  # file or run folder to continue, or with --play to evaluate
     init_from: str = ""  # file or run folder: a new run that starts from these weights and normalisers
-    max_epochs: int = 100  # stop after this epoch, counted over all continuations (one epoch = one rollout and its update)
+    max_epochs: int = 100  # an epoch is one rollout and its update; counted over all continuations
     save_frequency: int = 25  # epochs between the periodic checkpoints nn/epoch_<N>.pth; 0: none
     save_best_after: int = 50  # first epoch that may write nn/best.pth
     keep_last: int = 0  # keep only this many of the newest periodic checkpoints; 0: all
@@ -122,8 +122,8 @@ class Args:
     minibatch_size: int = 8192  # samples per gradient step; a smaller rollout is one minibatch
     update_epochs: int = 8  # passes over each rollout (rl_games: mini_epochs)
     learning_rate: float = 3e-4  # Adam's learning rate, the initial one unless lr_schedule is fixed
-    lr_schedule: Literal["adaptive", "linear", "fixed"] = "adaptive"  # adaptive: follows the KL divergence; linear: decays to 1e-6 at max_epochs (CleanRL: anneal_lr)
-    schedule_type: Literal["legacy", "standard"] = "legacy"  # the adaptive schedule steps once a minibatch (legacy) or once an update epoch (standard)
+    lr_schedule: Literal["adaptive", "linear", "fixed"] = "adaptive"  # by the KL divergence, or down to 1e-6 at max_epochs
+    schedule_type: Literal["legacy", "standard"] = "legacy"  # adapt after each minibatch (legacy) or update epoch (standard)
     kl_threshold: float = 0.008  # the KL divergence between consecutive policies that the adaptive schedule aims at
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation (rl_games: tau)
@@ -135,9 +135,9 @@ class Args:
     max_grad_norm: float = 1.0  # clip the gradient's norm; 0: don't (rl_games: grad_norm, truncate_grads)
     norm_adv: bool = True  # normalise advantages over the rollout (rl_games: normalize_advantage)
     normalize_input: bool = True  # normalise observations with running statistics
-    normalize_value: bool = True  # normalise returns with running statistics; the value head then learns unit-scale targets
+    normalize_value: bool = True  # normalise returns with running statistics
     value_bootstrap: bool = True  # add gamma * V(s) to the reward where an episode was cut by the clock
-    reward_scale: float = 0.1  # multiplies rewards before learning; reported rewards stay raw (rl_games: reward_shaper.scale_value)
+    reward_scale: float = 0.1  # multiplies rewards before learning (rl_games: reward_shaper.scale_value)
     clip_actions: bool = True  # clip actions to [-1, 1] on their way to the env
     mixed_precision: bool = False  # bfloat16 autocast in the update, on CUDA only
 
@@ -326,7 +326,7 @@ def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
 
 
 def make_factory_env(args: Args):
-    """--env-id module:factory, and a check that what the factory returns keeps the contract at the top of this section."""
+    """--env-id module:factory, called as factory(num_envs, device, seed); what breaks the contract above is named."""
     module, _, factory = args.env_id.partition(":")
     sys.path.insert(0, os.getcwd())  # as for `python -m`
     try:
@@ -338,33 +338,25 @@ def make_factory_env(args: Args):
     finally:
         sys.path.pop(0)
     env = make(num_envs=args.num_envs, device=str(pick_device(args.device)), seed=args.seed)
+    for name in ("num_envs", "num_obs", "num_acts"):
+        value = getattr(env, name, "missing")
+        if not isinstance(value, int) or value < 1 or (name == "num_envs" and value != args.num_envs):
+            want = f"the {args.num_envs} that were asked for" if name == "num_envs" else "a positive int"
+            raise UserError(f"--env-id {args.env_id} breaks the contract: {name} must be {want}, not {value!r}")
     if args.play:
         return env  # it was checked when it was trained on, and the check takes a step, which evaluation would miss
-
-    def expect(what: str, value: Any, *shape: int) -> None:
-        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
-            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise UserError(f"--env-id {args.env_id} breaks the contract: {what} must be a tensor of shape {shape}, not {got}")
-
-    def expect_obs(where: str, obs: Any) -> None:
-        if not isinstance(obs, dict) or "obs" not in obs:
-            raise UserError(f"--env-id {args.env_id} breaks the contract: {where} must be a dict with key 'obs', not {type(obs).__name__}")
-        expect(f"{where}['obs']", obs["obs"], env.num_envs, env.num_obs)
-
-    for name in ("num_envs", "num_obs", "num_acts"):
-        if not isinstance(getattr(env, name, None), int) or getattr(env, name) < 1:
-            raise UserError(f"--env-id {args.env_id} breaks the contract: {name} must be a positive int, not {getattr(env, name, 'missing')!r}")
-    if env.num_envs != args.num_envs:
-        raise UserError(f"--env-id {args.env_id} breaks the contract: asked for num_envs={args.num_envs}, made {env.num_envs}")
-    expect_obs("reset()", env.reset())
-    result = env.step(torch.zeros(env.num_envs, env.num_acts, device=pick_device(args.device)))
-    if not isinstance(result, tuple) or len(result) != 4 or not isinstance(result[3], dict):
+    reset, step = env.reset(), env.step(torch.zeros(env.num_envs, env.num_acts, device=pick_device(args.device)))
+    if not isinstance(step, tuple) or len(step) != 4 or not isinstance(step[3], dict):
         raise UserError(f"--env-id {args.env_id} breaks the contract: step() must return (obs, reward, done, infos) with infos a dict")
-    expect_obs("step()[0]", result[0])
-    expect("step()'s reward", result[1], env.num_envs)
-    expect("step()'s done", result[2], env.num_envs)
-    if "time_outs" in result[3]:
-        expect("infos['time_outs']", result[3]["time_outs"], env.num_envs)
+    found = {"reset()['obs']": reset, "step()[0]['obs']": step[0], "step()'s reward": step[1], "step()'s done": step[2],
+             "infos['time_outs']": step[3].get("time_outs", step[2])}
+    for what, value in found.items():
+        expected = (env.num_envs, env.num_obs) if "obs" in what else (env.num_envs,)
+        if "obs" in what:
+            value = value.get("obs") if isinstance(value, dict) else None
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else "missing" if value is None else type(value).__name__
+        if got != f"shape {expected}":
+            raise UserError(f"--env-id {args.env_id} breaks the contract: {what} must be a tensor of shape {expected}, not {got}")
     return env
 
 
@@ -500,6 +492,22 @@ class ActorCritic(nn.Module):
     def value(self, obs: Tensor) -> Tensor:
         """Raw observations (n, O) -> value in reward units (n,)."""
         return self.denorm_value(self(self.norm_obs(obs))[2])
+
+
+def make_model(args: Args, env, state: Optional[Dict[str, Any]] = None) -> ActorCritic:
+    """The network that `args` describe for `env`; with a checkpoint's `state` its weights and normalisers, strictly."""
+    model = ActorCritic(env.num_obs, env.num_acts, args.units, args.activation, args.separate, args.sigma_init, args.normalize_input,
+                        args.normalize_value)
+    if state is not None:
+        if (state["num_obs"], state["num_acts"]) != (env.num_obs, env.num_acts):
+            raise UserError(f"the checkpoint is for {state['num_obs']} observations and {state['num_acts']} actions, "
+                            f"but the env has {env.num_obs} and {env.num_acts}")
+        try:
+            model.load_state_dict(state["model"])
+        except RuntimeError as exc:
+            reason = re.sub(r"\s+", " ", str(exc)).split(": ", 1)[-1][:200]
+            raise UserError(f"the checkpoint does not fit the network that the arguments describe: {reason}")
+    return model
 
 
 def log_prob(action: Tensor, mu: Tensor, logstd: Tensor) -> Tensor:
@@ -778,25 +786,25 @@ class MultiObserver(AlgoObserver):
             if hasattr(observer, hook):  # rl_games' own base class lacks after_clear_stats, and close
                 getattr(observer, hook)(*args)
 
-    def before_init(self, *args) -> None:
+    def before_init(self, *args):
         self._call("before_init", *args)
 
-    def after_init(self, *args) -> None:
+    def after_init(self, *args):
         self._call("after_init", *args)
 
-    def process_infos(self, *args) -> None:
+    def process_infos(self, *args):
         self._call("process_infos", *args)
 
-    def after_steps(self) -> None:
+    def after_steps(self):
         self._call("after_steps")
 
-    def after_clear_stats(self) -> None:
+    def after_clear_stats(self):
         self._call("after_clear_stats")
 
-    def after_print_stats(self, *args) -> None:
+    def after_print_stats(self, *args):
         self._call("after_print_stats", *args)
 
-    def close(self) -> None:
+    def close(self):
         self._call("close")
 
 
@@ -985,8 +993,7 @@ class PPOAgent:
         self.mean_rewards, self.last_mean_rewards, self.best_epoch = -math.inf, -math.inf, 0  # last_mean_rewards: the best so far
         self.stop_signal = 0  # set by Runner's signal handler: leave after this epoch
 
-        self.model = ActorCritic(env.num_obs, env.num_acts, args.units, args.activation, args.separate, args.sigma_init,
-                                 args.normalize_input, args.normalize_value).to(self.device)
+        self.model = make_model(args, env).to(self.device)
         self.lr = torch.tensor(args.learning_rate, device=self.device)
         # fused: one kernel, and it takes the learning rate as a tensor
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr, eps=1e-8, fused=True)
@@ -1103,7 +1110,9 @@ class PPOAgent:
 
     def train(self) -> None:
         """The loop: until max_epochs or a stop signal. Everything that is logged or saved happens at the end of an epoch."""
-        args, progress = self.args, Progress(self.epoch_num, self.args.max_epochs)
+        args, first, began = self.args, self.epoch_num, time.perf_counter()
+        # a live line on a terminal; in a pipe or a file (disable=None) plain lines
+        bar = tqdm(total=args.max_epochs, disable=None, file=sys.stdout, dynamic_ncols=True, bar_format="{desc}")
         while self.epoch_num < args.max_epochs and not self.stop_signal:
             self.epoch_num += 1
             start = time.perf_counter()
@@ -1118,9 +1127,18 @@ class PPOAgent:
             self.frame += args.num_steps * self.env.num_envs
 
             self.write_stats(figures, step_time, play_time, epoch_time)
-            progress.show(self, figures, step_time, play_time, epoch_time)
             self.save_checkpoints(figures)
-        progress.close()
+            left = (time.perf_counter() - began) / (self.epoch_num - first) * (args.max_epochs - self.epoch_num)
+            line = self.epoch_line(figures, left, (step_time, play_time, epoch_time))
+            print(line, flush=True) if bar.disable else bar.set_description_str(line)
+        bar.close()
+
+    def epoch_line(self, figures: Dict[str, float], left: float, times: Tuple[float, ...]) -> str:
+        """One epoch for the console, the most important first: a narrow terminal cuts off the rest."""
+        fps = "/".join(f"{self.args.num_steps * self.env.num_envs / max(t, 1e-9) / 1000:.0f}k" for t in times)
+        episodes = f"reward {figures['reward']:.2f} length {figures['length']:.1f}" if figures["finished"] else "no episode finished yet"
+        return (f"epoch {self.epoch_num}/{self.args.max_epochs} left {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d} "
+                f"{episodes} lr {figures['lr']:.1e} fps {fps} frames {self.frame:,}")
 
     def write_stats(self, figures: Dict[str, float], step_time: float, play_time: float, epoch_time: float) -> None:
         """Give the epoch's metrics, by rl_games' names, to the writer, and then the observers their turn."""
@@ -1177,7 +1195,7 @@ class PPOAgent:
 
     def set_full_state_weights(self, state: Dict[str, Any]) -> bool:
         """Continue from `state`. True if exactly, False if the env had to start new episodes."""
-        load_weights(self.model, state)
+        self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.args.learning_rate == state["args"]["learning_rate"]:  # else the user gave a new one: it wins
             self.lr.copy_(state["lr"])
@@ -1196,48 +1214,6 @@ class PPOAgent:
         return exact
 
 
-class Progress:
-    """One console line an epoch: live on a terminal, plain lines in a pipe or file."""
-
-    def __init__(self, epoch: int, max_epochs: int):
-        self.first, self.start, self.max_epochs, self.live = epoch, time.perf_counter(), max_epochs, sys.stdout.isatty()
-        self.bar = tqdm(total=max_epochs, initial=epoch, disable=not self.live, file=sys.stdout, dynamic_ncols=True, mininterval=0.2,
-                        bar_format="{desc}")
-
-    def show(self, agent: PPOAgent, figures: Dict[str, float], step_time: float, play_time: float, epoch_time: float) -> None:
-        epoch, frames = agent.epoch_num, agent.args.num_steps * agent.env.num_envs
-        fps = "/".join(f"{frames / max(t, 1e-9) / 1000:.0f}k" for t in (step_time, play_time, epoch_time))
-        left = (time.perf_counter() - self.start) / (epoch - self.first) * (self.max_epochs - epoch)
-        episodes = f"reward {figures['reward']:.2f} length {figures['length']:.1f}" if figures["finished"] else "no episode finished yet"
-        line = (f"epoch {epoch}/{self.max_epochs} left {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d} {episodes} "
-                f"lr {figures['lr']:.1e} fps {fps} frames {agent.frame:,}")  # the most important first: a narrow terminal cuts the rest
-        if self.live:
-            self.bar.set_description_str(line, refresh=False)
-            self.bar.update()
-        else:
-            print(line, flush=True)
-
-    def close(self) -> None:
-        self.bar.refresh()
-        self.bar.close()
-
-
-def load_weights(model: ActorCritic, state: Dict[str, Any]) -> None:
-    """Weights and normalisers, strictly: a name or size that does not fit is an error."""
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as exc:
-        reason = re.sub(r"\s+", " ", str(exc)).split(": ", 1)[-1][:200]
-        raise UserError(f"the checkpoint does not fit the network that the arguments describe: {reason}")
-
-
-def check_sizes(state: Dict[str, Any], env) -> None:
-    """One line instead of a shape mismatch."""
-    if (state["num_obs"], state["num_acts"]) != (env.num_obs, env.num_acts):
-        raise UserError(f"the checkpoint is for {state['num_obs']} observations and {state['num_acts']} actions, "
-                        f"but the env has {env.num_obs} and {env.num_acts}")
-
-
 # ======================================================================================================================
 # 8  PLAY
 # ======================================================================================================================
@@ -1250,9 +1226,7 @@ def play(args: Args, env, state: Dict[str, Any]) -> Dict[str, float]:
     A quota per env, because taking the first episodes to finish, from whichever env, would favour the short ones.
     """
     device = pick_device(args.device)
-    model = ActorCritic(env.num_obs, env.num_acts, args.units, args.activation, args.separate, args.sigma_init,
-                        args.normalize_input, args.normalize_value).to(device)
-    load_weights(model, state)
+    model = make_model(args, env, state).to(device)
     quota = math.ceil((args.games or env.num_envs) / env.num_envs)
     returns = torch.zeros(quota + 1, env.num_envs, device=device)  # row: episode of that env; the last row takes what comes after
     lengths, episode = torch.zeros_like(returns), torch.zeros(env.num_envs, dtype=torch.long, device=device)
@@ -1342,63 +1316,55 @@ class Runner:
         env = make_env(args)
         seed_everything(args.seed, args.torch_deterministic)  # making an env may draw any number of random numbers
         try:
-            if state is not None:
-                check_sizes(state, env)
             return play(args, env, state) if args.play else self.train(env, path, state)
         finally:
             if hasattr(env, "close"):
                 env.close()
 
     def train(self, env, path: str, state: Optional[Dict[str, Any]]) -> Dict[str, Any]:
-        args, origin = self.args, {}
-        run_dir = ""
-        if args.checkpoint:
-            # Only the newest file of a run folder goes on in that folder; from an older one a new run branches off, so that
-            # neither a better best.pth nor later epochs are ever overwritten.
-            folder = os.path.dirname(os.path.dirname(os.path.abspath(path)))
-            if os.path.exists(os.path.join(folder, "config.json")) and newest_checkpoint(folder)[1]["epoch"] <= state["epoch"]:
-                run_dir = os.path.relpath(folder)
-        if state is not None and not run_dir:
-            origin = {"branched_from" if args.checkpoint else "initialised_from": f"{path} (epoch {state['epoch']})"}
-        continues = bool(run_dir)
-        # fail before anything is written if the weights do not fit
+        args = self.args
         if state is not None:
-            load_weights(ActorCritic(env.num_obs, env.num_acts, args.units, args.activation, args.separate, args.sigma_init,
-                                     args.normalize_input, args.normalize_value), state)
+            make_model(args, env, state)  # if the weights do not fit, say so before anything is written
             seed_everything(args.seed, args.torch_deterministic)
-        run_dir = run_dir or make_run_dir(args)
+        # Only the newest file of a run folder goes on in that folder; from an older one a new run branches off, so that
+        # neither a better best.pth nor later epochs are ever overwritten.
+        home = os.path.dirname(os.path.dirname(os.path.abspath(path)))
+        continues = bool(args.checkpoint) and os.path.exists(os.path.join(home, "config.json")) and newest_checkpoint(home)[1]["epoch"] <= state["epoch"]
+        run_dir = os.path.relpath(home) if continues else make_run_dir(args)
         summaries = os.path.join(run_dir, "summaries")
-        run_id = os.environ.get("WANDB_RUN_ID") or (state["wandb_run_id"] if continues else "") or uuid.uuid4().hex[:8]
+        origin = {} if continues or state is None else {
+            "branched_from" if args.checkpoint else "initialised_from": f"{path} (epoch {state['epoch']})"}
         if continues:
             Writer.rewind(summaries, state["summaries"])
         else:
             with open(os.path.join(run_dir, "config.json"), "w") as file:
                 json.dump(describe_run(args, run_dir, origin), file, indent=2)
 
+        run_id = os.environ.get("WANDB_RUN_ID") or (state["wandb_run_id"] if continues else uuid.uuid4().hex[:8])
         config = {**asdict(args), **{theirs: getattr(args, ours) for theirs, ours in RL_GAMES_NAMES.items()}, **origin,
                   "name": os.path.basename(run_dir), "run_dir": run_dir, "wandb_run_id": run_id}
-        self.algo_observer.before_init("train_ppo", config, os.path.basename(run_dir))
+        self.algo_observer.before_init("train_ppo", config, config["name"])
         writer = Writer(summaries, purge_step=state["frame"] + 1 if continues else None)
         agent = PPOAgent(args, env, self.algo_observer, writer, config)
-        if state is None:
-            log(f"training {args.env_id} on {agent.device}: {args.num_envs} envs x {args.num_steps} steps, {args.update_epochs} passes of "
-                f"{args.num_envs * args.num_steps // agent.minibatch_size} minibatches of {agent.minibatch_size}; writing to {run_dir}")
-        elif args.checkpoint:
+        what = f"training {args.env_id} on {agent.device}"
+        if args.checkpoint:
             exact = agent.set_full_state_weights(state)
-            log(f"{'continuing' if continues else 'branching off'} {path} at epoch {state['epoch']}, frame {state['frame']:,}, learning rate "
-                f"{float(agent.lr):.1e}, best {state['last_mean_rewards']:.2f}; "
-                + ("exactly where it stopped" if exact else "the env cannot be restored: it starts new episodes") + f"; writing to {run_dir}")
-        else:
-            load_weights(agent.model, state)
-            log(f"a new run from the weights of {path}; writing to {run_dir}")
-
-        handlers = {}
+            what = (f"{'continuing' if continues else 'branching off'} {path} at epoch {state['epoch']}, frame {state['frame']:,}, learning rate "
+                    f"{float(agent.lr):.1e}, best {state['last_mean_rewards']:.2f}; "
+                    + ("exactly where it stopped" if exact else "the env cannot be restored: it starts new episodes"))
+        elif state is not None:
+            agent.model.load_state_dict(state["model"])
+            what += f" from the weights of {path}"
+        batch = args.num_envs * args.num_steps
+        log(f"{what}\n{args.num_envs} envs x {args.num_steps} steps, {args.update_epochs} passes of {batch // agent.minibatch_size} "
+            f"minibatches of {agent.minibatch_size}; writing to {run_dir}")
 
         def stop(signum, _frame):
             agent.stop_signal = signum
             signal.signal(signum, signal.SIG_DFL)  # a second one ends it at once
             log(f"{signal.Signals(signum).name}: finishing this epoch, then saving last.pth")
 
+        handlers = {}
         with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us handles signals
             handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
