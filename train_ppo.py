@@ -35,7 +35,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 import uuid
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
@@ -735,10 +737,16 @@ class WandbAlgoObserver(AlgoObserver):
 
     def before_init(self, base_name, config, experiment_name) -> None:
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "60")  # seconds; the variable works in every version
+        try:
+            import wandb
+        except ImportError:
+            return warn("--track: wandb is not installed (pip install wandb): training goes on without it")
         for mode in (None, "offline"):  # None: as WANDB_MODE says, else online
             try:
-                import wandb
-
+                settings = wandb.setup().settings
+                if mode is None and settings.mode == "online":  # without a network wandb would try for minutes
+                    with contextlib.suppress(urllib.error.HTTPError):  # any answer will do
+                        urllib.request.urlopen(settings.base_url, timeout=10).close()
                 self.run = wandb.init(
                     project=self.args.wandb_project_name, entity=self.args.wandb_entity or None, group=self.args.wandb_group or None,
                     tags=self.args.wandb_tags or None, name=experiment_name, id=config["wandb_run_id"], resume="allow",
@@ -747,13 +755,13 @@ class WandbAlgoObserver(AlgoObserver):
                     self.run.define_metric(axis)
                 return
             except Exception as exc:
-                reason = str(exc).strip().splitlines() or [type(exc).__name__]
-                then = f"recording offline, upload later with: wandb sync {config['run_dir']}/wandb/offline-run-*" if mode is None else "going on without it"
-                if isinstance(exc, ImportError):
-                    return warn("--track: wandb is not installed (pip install wandb): going on without it")
-                warn(f"W&B failed to start: {reason[0]}; {then}")
-                with contextlib.suppress(Exception):
-                    wandb.teardown()  # else a failed online start spoils the offline one
+                reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+                then = f"recording offline, upload later with: wandb sync {config['run_dir']}/wandb/offline-run-*"
+                warn(f"W&B failed to start: {reason}; {then if mode is None else 'training goes on without it'}")
+                # a failed start spoils the next one; and clearing it away may wait for the network again
+                cleaner = threading.Thread(target=wandb.teardown, daemon=True)
+                cleaner.start()
+                cleaner.join(10)
 
     def after_print_stats(self, frame, epoch_num, total_time) -> None:
         if self.run is None:
@@ -1072,16 +1080,15 @@ class PPOAgent:
                 std = (weight * (advantages - mean)).norm() / weight.sum().sqrt()
                 advantages = weight * (advantages - mean) / (std + 1e-8)
             batch = Batch(model.norm_obs(obs), flat(buffer["actions"]), flat(buffer["logprobs"]), advantages, values, returns)
-            old_mu = flat(buffer["mus"]).clone()
+            old_mu, old_logstd = flat(buffer["mus"]), model.a2c_network.sigma.detach().clone()
             minibatches = [slice(i, i + self.minibatch_size) for i in range(0, len(obs), self.minibatch_size)]
-            old_logstd = model.a2c_network.sigma.detach().repeat(len(minibatches), 1)
         if args.lr_schedule == "linear":
             self.lr.fill_(1e-6 + (args.learning_rate - 1e-6) * max(0.0, 1.0 - (self.epoch_num - 1) / args.max_epochs))
 
         figures = torch.zeros(6, device=self.device)  # sums of ppo_loss' five and of the KL divergence
         for _ in range(args.update_epochs):
             epoch_kl = torch.zeros((), device=self.device)
-            for i, rows in enumerate(minibatches):
+            for rows in minibatches:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=args.mixed_precision and self.device.type == "cuda"):
                     loss, mu, logstd, losses = ppo_loss(model, Batch(*(x[rows] for x in batch)), args)
                 self.optimizer.zero_grad(set_to_none=True)
@@ -1090,9 +1097,9 @@ class PPOAgent:
                     nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 self.optimizer.step()
 
-                # rl_games measures the KL since this minibatch was last seen, not since the rollout
-                kl = policy_kl(mu, logstd, old_mu[rows], old_logstd[i])
-                old_mu[rows], old_logstd[i] = mu, logstd
+                # How far from the policy that acted; that is what the clipped ratio trusts. (rl_games: since the last pass over these
+                # rows, which lets the learning rate run up to its limit, and Cartpole falls back now and then after it is solved.)
+                kl = policy_kl(mu, logstd, old_mu[rows], old_logstd)
                 epoch_kl += kl / len(minibatches)
                 figures += torch.cat((losses, kl.view(1)))
                 if args.lr_schedule == "adaptive" and args.schedule_type == "legacy":
