@@ -169,8 +169,8 @@ def test_printed_commands_work(default_run):
     cwd, out, _, run_dir = default_run
     command = re.search(r"^play +python (\S+) (.*)$", out, re.M)
     assert (cwd / command.group(1)).resolve() == Path(SCRIPT)
-    out, _ = shell(*command.group(2).split(), "--num-envs", "8", cwd=cwd)
-    assert "8 episodes" in out
+    out, _ = shell(*command.group(2).split(), "--num-envs", "700", cwd=cwd)  # no multiple of the minibatch: it is not training
+    assert "700 episodes" in out
 
 
 def test_tensorboard_has_rl_games_tags(default_run):
@@ -971,6 +971,7 @@ def small_run(tmp_path_factory):
     state = load_checkpoint(str(cwd / "runs/r/nn/last.pth"))
     torch.save({**state, "format_version": 99}, str(cwd / "newer.pth"))
     (cwd / "folder").mkdir()
+    (cwd / "loop").symlink_to("loop")
     (cwd / "bad_envs.py").write_text(textwrap.dedent("""
         import torch
         from test_train_ppo import Env
@@ -1009,6 +1010,9 @@ BAD = [
     (["--env-id", "bad_envs:tensor_obs"], "step()[0]['obs'] must be a tensor of shape (32, 2), not missing"),
     (["--env-id", "bad_envs:wide_obs"], "step()[0]['obs'] must be a tensor of shape (32, 2), not shape (32, 7)"),
     (["--env-id", "bad_envs:list_infos"], "infos a dict"),
+    (["--experiment", "a/b"], "--experiment a/b must be a plain name"),
+    (["--train-dir", "text.pth"], "--train-dir text.pth is not a folder"),
+    (["--checkpoint", "loop"], "loop"),
     (["--minibatch-size", "100"], "choose a --minibatch-size that divides 256"),
     (["--num-envs", "0"], "--num-envs must be at least 1, not 0"),
     (["--num-steps", "-3"], "--num-steps must be at least 1, not -3"),
@@ -1056,6 +1060,205 @@ def test_bad_input_in_a_real_process(small_run):
     assert out == "" and err.count("\n") == 1 and err.startswith("error: unknown --env-id Humanoid")
     _, err = shell("--no-such-flag", cwd=small_run, code=2)
     assert "no-such-flag" in err and "Traceback" not in err
+
+
+# ---------------------------------------------------------------------------------------------------------- what survives what
+
+
+def train_with_slow_fsync(folder, arguments, seconds):
+    """Target of a killed process: train in `folder`, each fsync taking longer, so that many kills fall into a save."""
+    fsync = os.fsync
+    os.chdir(folder)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    train_ppo.os.fsync = lambda fd: (time.sleep(seconds), fsync(fd))
+    main(arguments)
+
+
+def test_kill_dash_nine_at_any_moment_loses_nothing(tmp_path):
+    """KILLS (default 30) times: kill -9 at a random moment, continue. In the end the weights are those of the uninterrupted run."""
+    import multiprocessing
+    import random
+
+    kills, rng = int(os.environ.get("KILLS", "30")), random.Random(0)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_train_ppo"])
+    epochs = str(10 * kills)
+    flags = ["--num-envs", "16", "--num-steps", "8", "--save-frequency", "1", "--save-best-after", "1", "--max-epochs", epochs]
+
+    def start(arguments, seconds=0.0):
+        process = context.Process(target=train_with_slow_fsync, args=(str(tmp_path), arguments, seconds))
+        process.start()
+        return process
+
+    straight = start([*flags, "--experiment", "straight"])
+    straight.join(200)
+    assert straight.exitcode == 0
+    arguments, done, in_a_save, run = [*flags, "--experiment", "killed"], 0, 0, tmp_path / "runs" / "killed"
+    while done < kills:
+        process = start(arguments, 0.01)
+        before = len(list(run.glob("nn/epoch_*.pth")))
+        while process.is_alive() and len(list(run.glob("nn/epoch_*.pth"))) == before:  # until it has saved once: it does go on
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, f"after {done} kills it ended by itself with {process.exitcode}"
+        in_a_save += bool(list(run.glob("nn/*.tmp")))
+        done += 1
+        arguments = ["--checkpoint", "runs/killed"]
+    last = start(arguments)
+    last.join(200)
+    assert last.exitcode == 0
+    print(f"{done} of {done} kills survived, {in_a_save} of them inside a save")
+    assert in_a_save > 0 and not list(run.glob("nn/*.tmp")), "left-over temporary files are cleared away"
+    assert same_state(tmp_path / "runs/straight/nn/last.pth", run / "nn/last.pth") == []
+    straight, killed = scalars(tmp_path / "runs/straight"), scalars(run)
+    assert {t: v for t, v in straight.items() if not t.startswith("performance") and not t.endswith("time")} == {
+        t: v for t, v in killed.items() if not t.startswith("performance") and not t.endswith("time")}, "no gap, no overlap, no step back"
+
+
+def test_damaged_checkpoints_are_refused_or_load_the_same(small_run, tmp_path):
+    """300 random flips of a bit and truncations: one line, or identical content; never something else."""
+    import random
+
+    rng, good, path = random.Random(0), (small_run / "runs/r/nn/last.pth").read_bytes(), str(tmp_path / "damaged.pth")
+    reference, refused = load_checkpoint(str(small_run / "runs/r/nn/last.pth")), 0
+    for i in range(300):
+        damaged = bytearray(good)
+        if i % 3:
+            damaged[rng.randrange(len(good))] ^= 1 << rng.randrange(8)
+        else:
+            del damaged[rng.randrange(len(good)):]
+        Path(path).write_bytes(damaged)
+        try:
+            assert differences(reference, load_checkpoint(path)) == []
+        except train_ppo.UserError as exc:
+            assert path in str(exc) and "\n" not in str(exc)
+            refused += 1
+    assert refused > 200
+
+
+def test_full_disk(tmp_path):
+    """A file size limit smaller than a checkpoint: saves fail as on a full disk. Training goes on, the end is loud, old files stay."""
+    import resource
+
+    big = ["--units", "256", "256", *SMALL, "--experiment", "r"]
+    shell(*big, "--max-epochs", "2", cwd=tmp_path)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "runs/r/nn").iterdir()}
+    done = subprocess.run([sys.executable, SCRIPT, "--checkpoint", "runs/r", "--max-epochs", "9"], cwd=str(tmp_path), stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, universal_newlines=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300000, 300000)))
+    assert done.returncode == 1, done.stderr
+    warning, error = done.stderr.splitlines()
+    assert warning.startswith("warning: ") and "epoch_4.pth cannot be written (File too large); training goes on" in warning
+    assert error == "error: runs/r/nn/last.pth cannot be written (File too large): the weights of epoch 9 are not on disk"
+    assert {p.name: p.read_bytes() for p in (tmp_path / "runs/r/nn").iterdir()} == before
+    shell("--checkpoint", "runs/r", "--max-epochs", "4", cwd=tmp_path)
+
+
+def test_save_every_minutes(here):
+    main([*SMALL, "--experiment", "r", "--save-frequency", "0", "--save-every-minutes", "1e-9", "--max-epochs", "1"])
+    saved = []
+    save, train_ppo.save_checkpoint = train_ppo.save_checkpoint, lambda state, path: (saved.append((os.path.basename(path), state["epoch"])), save(state, path))
+    try:
+        main(["--checkpoint", "runs/r", "--max-epochs", "3"])
+    finally:
+        train_ppo.save_checkpoint = save
+    assert saved == [("last.pth", 2), ("last.pth", 3), ("last.pth", 3)]
+
+
+def nan_env(num_envs, device, seed):
+    """What goes bad at step 60, in 3 envs, is named in the environment variable BAD."""
+    env, count = Env(num_envs, device, seed), [0]
+    step = env.step
+
+    def bad(actions):
+        obs, reward, done, infos = step(actions)
+        count[0] += 1
+        if count[0] == 60 and os.environ["BAD"] == "observations":
+            obs["obs"][2:5, 1] = math.nan
+        if count[0] == 60 and os.environ["BAD"] == "rewards":
+            reward[2:5] = math.inf
+        if count[0] == 60 and os.environ["BAD"] == "the policy loss":
+            env.agent.model.a2c_network.sigma.data[:] = -120.0  # finite numbers whose ratio is not
+        return obs, reward, done, infos
+
+    env.step = bad
+    env.set_train_info = lambda frame, agent: setattr(env, "agent", agent)
+    return env
+
+
+@pytest.mark.parametrize("what", ["observations", "rewards", "the policy loss"])
+def test_bad_numbers_stop_training_and_spoil_nothing(here, monkeypatch, capsys, what):
+    monkeypatch.setenv("BAD", what)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--env-id", "test_train_ppo:nan_env", *SMALL, "--max-epochs", "100", "--experiment", "r", "--save-best-after", "1"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 1 and error.startswith(f"error: NaN or Inf in {what}") and "epoch 8" in error
+    if what != "the policy loss":
+        assert "of 3 of 32 envs at step" in error
+    for path in Path("runs/r/nn").iterdir():
+        state = load_checkpoint(str(path))
+        assert state["epoch"] < 8 and all(torch.isfinite(w).all() for w in state["model"].values())
+    assert load_checkpoint("runs/r/nan_dump.pth")["what"].startswith(what)
+    monkeypatch.setenv("BAD", "")
+    main(["--checkpoint", "runs/r", "--max-epochs", "9"])
+
+
+class Broken(train_ppo.AlgoObserver):
+    """Raises in the hook it is made with."""
+
+    def __init__(self, hook):
+        def fail(*args):
+            raise ZeroDivisionError("oops")
+
+        setattr(self, hook, fail)
+
+
+@pytest.mark.parametrize("hook", ["before_init", "after_init", "process_infos", "after_steps", "after_print_stats", "close", "state_dict"])
+def test_a_failing_observer_is_left_out(here, capsys, hook):
+    args = train_ppo.parse_args([*SMALL, "--experiment", "r"])
+    result = train_ppo.Runner(args, train_ppo.MultiObserver([Broken(hook), train_ppo.RLGPUAlgoObserver()])).run()
+    error = capsys.readouterr().err
+    assert error.count("warning: ") == 1 and f"Broken.{hook} raised ZeroDivisionError('oops')" in error and "Traceback" in error
+    assert result["epoch"] == 4 and len(scalars("runs/r")["info/kl"]) == 4 and load_checkpoint("runs/r/nn/last.pth")["epoch"] == 4
+    args = train_ppo.parse_args([*SMALL, "--experiment", "q", "--strict-observers"])
+    with pytest.raises(ZeroDivisionError):
+        train_ppo.Runner(args, Broken(hook)).run()
+
+
+def test_observer_state_continues(here):
+    """episode_cumulative sums and windows go on where they stopped, in an env whose whole state is in the checkpoint."""
+    Path("my_envs.py").write_text(textwrap.dedent("""
+        import torch
+        from train_ppo import Cartpole
+        class Counting(Cartpole):
+            def step(self, actions):
+                obs, reward, done, infos = super().step(actions)
+                infos["episode_cumulative"] = {"reward": reward}
+                return obs, reward, done, infos
+        def make(num_envs, device, seed):
+            return Counting(num_envs, torch.device(device))
+    """))
+    flags = ["--env-id", "my_envs:make", *SMALL, "--games-to-track", "9"]
+    main([*flags, "--experiment", "straight", "--max-epochs", "10"])
+    main([*flags, "--experiment", "stopped", "--max-epochs", "5"])
+    main(["--checkpoint", "runs/stopped", "--max-epochs", "10"])
+    tag = "episode_cumulative/reward"
+    assert scalars("runs/straight")[tag] == scalars("runs/stopped")[tag] and same_state("runs/straight/nn/last.pth", "runs/stopped/nn/last.pth") == []
+
+
+def test_two_processes_never_share_a_run(tmp_path):
+    """Started at once with the same arguments: two folders. Continuing the same folder: the second is refused."""
+    command = [sys.executable, SCRIPT, "--num-envs", "64", "--max-epochs", "100000", "--experiment", "r"]
+    both = [subprocess.Popen(command, cwd=str(tmp_path), stdout=subprocess.PIPE, universal_newlines=True) for _ in range(2)]
+    for process in both:
+        assert any(line.startswith("epoch 30/") for line in process.stdout)
+    _, err = shell("--checkpoint", "runs/r", cwd=tmp_path, code=2)
+    assert err == "error: runs/r is being trained by another process: stop that one first, or branch off with --experiment NAME\n"
+    for process in both:
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+    assert sorted(os.listdir(tmp_path / "runs")) == ["r", "r_2"]
 
 
 # ---------------------------------------------------------------------------------------------------------- the README

@@ -24,6 +24,7 @@ Shapes: T = num_steps, E = num_envs, N = T * E, O = num_obs, A = num_acts.
 import contextlib
 import importlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -37,6 +38,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import urllib.request
 import uuid
 import zipfile
@@ -66,6 +68,10 @@ from tqdm import tqdm  # noqa: E402
 
 class UserError(Exception):
     """A mistake that the user can mend: `main` prints it as one line and exits with 2."""
+
+
+class TrainingError(Exception):
+    """Training cannot go on, or its result is not on disk: `main` prints it as one line and exits with 1."""
 
 
 def log(message: str) -> None:
@@ -103,9 +109,12 @@ class Args:
     init_from: str = ""  # file or run folder: a new run that starts from these weights and normalisers
     max_epochs: int = 100  # an epoch is one rollout and its update; counted over all continuations
     save_frequency: int = 25  # epochs between the periodic checkpoints nn/epoch_<N>.pth; 0: none
+    save_every_minutes: float = 10.0  # minutes after which last.pth is written if nothing else was saved; 0: never
     save_best_after: int = 50  # first epoch that may write nn/best.pth
     keep_last: int = 0  # keep only this many of the newest periodic checkpoints; 0: all
     games_to_track: int = 100  # finished episodes in the window that "mean reward" is taken over
+
+    strict_observers: bool = False  # an observer that raises ends training instead of being dropped: for writing one
 
     # play
     play: bool = False  # evaluate --checkpoint instead of training; writes nothing
@@ -149,10 +158,11 @@ class Args:
     separate: bool = False  # give the value function an MLP of its own
     sigma_init: float = 0.0  # initial log standard deviation of the actions
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """UserError for values that make no sense. Called by the Runner, when flags, checkpoint and yaml have all been read."""
         at_least = dict.fromkeys(("num_envs", "num_steps", "minibatch_size", "update_epochs", "max_epochs", "games_to_track"), 1)
         at_least.update(dict.fromkeys((
-            "save_frequency", "save_best_after", "keep_last", "games", "torch_threads", "learning_rate", "kl_threshold", "gamma",
+            "save_frequency", "save_every_minutes", "save_best_after", "keep_last", "games", "torch_threads", "learning_rate", "kl_threshold", "gamma",
             "gae_lambda", "clip_coef", "vf_coef", "ent_coef", "bounds_loss_coef", "max_grad_norm"), 0))
         for name, least in at_least.items():
             if not getattr(self, name) >= least:  # `not >=` also catches nan
@@ -160,7 +170,7 @@ class Args:
         if any(width < 1 for width in self.units):
             raise UserError(f"--units must be positive, not {self.units}")
         batch = self.num_envs * self.num_steps
-        if batch % min(self.minibatch_size, batch):
+        if batch % min(self.minibatch_size, batch) and not self.play:
             raise UserError(f"{self.num_envs} envs x {self.num_steps} steps = {batch} samples cannot be split into minibatches "
                             f"of {self.minibatch_size}: choose a --minibatch-size that divides {batch}")
 
@@ -585,6 +595,7 @@ class Writer(SummaryWriter):
         super().__init__(log_dir, **kwargs)
         self.scalars: Dict[str, float] = {}
         self.pending: Dict[int, List[Summary.Value]] = {}
+        self.works: Optional[bool] = True
 
     def add_scalar(self, tag, scalar_value, global_step=None, *args, **kwargs) -> None:
         value = float(scalar_value)
@@ -592,14 +603,18 @@ class Writer(SummaryWriter):
         self.pending.setdefault(int(global_step or 0), []).append(Summary.Value(tag=tag, simple_value=value))
 
     def end_epoch(self) -> None:
-        for step, values in self.pending.items():
-            self.file_writer.add_summary(Summary(value=values), step)
+        try:
+            for step, values in self.pending.items() if self.works else ():
+                self.file_writer.add_summary(Summary(value=values), step)
+        except Exception as exc:  # the disk is full, the folder gone: the curve stops, training does not
+            self.works = warn(f"TensorBoard events cannot be written any more ({exc}): training goes on without them")
         self.pending.clear()
         self.scalars.clear()
 
     def file_sizes(self) -> Dict[str, int]:
         """{event file: bytes}, everything so far flushed: what a checkpoint needs to cut the curve off there."""
-        self.flush()
+        with contextlib.suppress(Exception):  # a writer that fails is reported by end_epoch
+            self.flush()
         return {name: os.path.getsize(os.path.join(self.log_dir, name)) for name in sorted(os.listdir(self.log_dir)) if "tfevents" in name}
 
     @staticmethod
@@ -650,7 +665,14 @@ class AlgoObserver:
         """At the end of each epoch: log here. frame: env steps so far, total_time: seconds of training."""
 
     def close(self) -> None:
-        """The run ends (not one of rl_games' hooks)."""
+        """The run ends. (This and the next two are not rl_games' hooks.)"""
+
+    def state_dict(self) -> Dict[str, Any]:
+        """What to keep in checkpoints, as tensors, numbers, strings, lists and dicts."""
+        return {}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Back to what `state_dict` gave; called after after_init when a run is continued."""
 
 
 class RLGPUAlgoObserver(AlgoObserver):
@@ -721,6 +743,17 @@ class RLGPUAlgoObserver(AlgoObserver):
                     self.writer.add_scalar(f"episode_cumulative_min/{key}_min", low, frame)
                     self.writer.add_scalar(f"episode_cumulative_max/{key}_max", high, frame)
 
+    def state_dict(self):
+        return {key: {"running": self.running[key], "window": window.state_dict(), "last_count": self.last_counts.get(key, 0)}
+                for key, window in self.windows.items()}
+
+    def load_state_dict(self, state) -> None:
+        for key, saved in state.items():
+            if saved["running"].shape == self.algo.dones.shape:  # another num_envs starts anew
+                self.running[key], self.last_counts[key] = saved["running"].to(self.algo.device), saved["last_count"]
+                self.windows[key] = WindowMeter(self.algo.games_to_track, 1, self.algo.device)
+                self.windows[key].load_state_dict(saved["window"])
+
 
 class WandbAlgoObserver(AlgoObserver):
     """Sends the epoch's scalars to Weights & Biases, once an epoch. Put it last: it sends what the others wrote to `algo.writer`.
@@ -782,17 +815,33 @@ class WandbAlgoObserver(AlgoObserver):
 
 
 class MultiObserver(AlgoObserver):
-    """Calls every hook on each of `observers`, in order."""
+    """Calls every hook on each of `observers`, in order. One that raises is reported, once, and left out from then on."""
 
-    def __init__(self, observers: List[AlgoObserver]):
-        self.observers = list(observers)
+    def __init__(self, observers: List[AlgoObserver], strict: bool = False):
+        self.observers, self.strict = list(observers), strict
         # an observer written for rl_games does not say whether it looks at done_indices: then it does
         self.needs_done_indices = any(getattr(o, "needs_done_indices", True) for o in self.observers)
 
-    def _call(self, hook: str, *args) -> None:
-        for observer in self.observers:
-            if hasattr(observer, hook):  # rl_games' own base class lacks after_clear_stats, and close
-                getattr(observer, hook)(*args)
+    def _call_one(self, observer: AlgoObserver, hook: str, *args) -> Any:
+        try:
+            if hasattr(observer, hook):  # rl_games' own base class lacks after_clear_stats, and those that are ours alone
+                return getattr(observer, hook)(*args)
+        except Exception as exc:
+            if self.strict:
+                raise
+            self.observers.remove(observer)
+            warn(f"{type(observer).__name__}.{hook} raised {exc!r}: training goes on without this observer\n{traceback.format_exc().rstrip()}")
+
+    def _call(self, hook: str, *args) -> Dict[str, Any]:
+        return {type(observer).__name__: self._call_one(observer, hook, *args) for observer in list(self.observers)}
+
+    def state_dict(self):
+        return self._call("state_dict")
+
+    def load_state_dict(self, state) -> None:
+        for observer in list(self.observers):
+            if state.get(type(observer).__name__):
+                self._call_one(observer, "load_state_dict", state[type(observer).__name__])
 
     def before_init(self, *args):
         self._call("before_init", *args)
@@ -828,12 +877,36 @@ FORMAT_VERSION = 1
 
 def save_checkpoint(state: Dict[str, Any], path: str) -> None:
     """Write `state` so that `path` holds either the old file or the whole new one, also if the machine dies meanwhile."""
+    serialised = io.BytesIO()  # torch.save to a file would turn a full disk into a RuntimeError without a reason
+    torch.save(state, serialised)
     temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(serialised.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def claim_run_dir(run_dir: str) -> Any:
+    """Keep other processes out of a run folder for as long as this process lives, and clear what a killed one left half written."""
+    lock = open(os.path.join(run_dir, ".lock"), "w")
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # not on Windows
+        pass
+    except BlockingIOError:
+        raise UserError(f"{run_dir} is being trained by another process: stop that one first, or branch off with --experiment NAME")
+    for name in os.listdir(os.path.join(run_dir, "nn")):
+        if name.endswith(".tmp"):
+            os.remove(os.path.join(run_dir, "nn", name))
+    return lock
 
 
 def load_checkpoint(path: str) -> Dict[str, Any]:
@@ -1014,7 +1087,8 @@ class PPOAgent:
         self.episodes = EpisodeMeter(E, args.games_to_track, self.device)
         self.obs = env.reset()["obs"].to(self.device)
         self.dones = torch.zeros(E, dtype=torch.bool, device=self.device)
-        self.has_time_outs = self.warned_time_outs = False
+        self.has_time_outs = self.warned_time_outs = self.warned_save = False
+        self.last_save = time.monotonic()
         observer.after_init(self)
 
     @torch.no_grad()
@@ -1047,6 +1121,7 @@ class PPOAgent:
     def update(self) -> Dict[str, float]:
         """Advantages from the buffers, then update_epochs passes of minibatch gradient steps. Returns the epoch's figures."""
         args, model, buffer = self.args, self.model, self.buffer
+        self.check_rollout()
         shaped = args.reward_scale * buffer["rewards"]
         if args.value_bootstrap and self.has_time_outs:
             # An episode cut by the clock has a future (Pardo et al. 2018). V(s_{t+1}) would be the exact thing to add, but some tasks
@@ -1110,10 +1185,34 @@ class PPOAgent:
         figures /= args.update_epochs * len(minibatches)
         # the epoch's only transfer from the device
         means, finished = self.episodes.finished.stats()[0], self.episodes.finished.count
-        extra = torch.stack((self.lr, explained_variance, longest, finished.float()))
-        names = ("a_loss", "c_loss", "entropy", "bounds_loss", "clipfrac", "kl", "lr", "explained_variance", "longest", "finished",
+        weights = torch.stack([p.detach().sum() for p in model.parameters()]).sum()  # NaN or Inf if any of them is
+        extra = torch.stack((self.lr, explained_variance, weights, longest, finished.float()))
+        names = ("a_loss", "c_loss", "entropy", "bounds_loss", "clipfrac", "kl", "lr", "explained_variance", "weights", "longest", "finished",
                  "reward", "shaped_reward", "length")
-        return dict(zip(names, torch.cat((figures, extra, means)).tolist()))
+        figures = dict(zip(names, torch.cat((figures, extra, means)).tolist()))
+        self.check_update(figures)
+        return figures
+
+    def check_rollout(self) -> None:
+        """A batch with NaN or Inf in it never reaches the weights, nor a checkpoint: name what went bad first, and stop."""
+        named = {"observations": "obs", "mean actions": "mus", "actions": "actions", "values": "values", "rewards": "rewards"}
+        bad = torch.stack([~torch.isfinite(self.buffer[name]).flatten(2).all(-1) if self.buffer[name].dim() > 2 else
+                           ~torch.isfinite(self.buffer[name]) for name in named.values()])  # (5, T, E)
+        if bad.any():  # the epoch's other wait for the device
+            step = int(bad.any(0).any(1).nonzero()[0])
+            what = int(bad[:, step].any(1).nonzero()[0])
+            self.stop_for_bad_numbers(f"{list(named)[what]} of {int(bad[what, step].sum())} of {self.env.num_envs} envs at step {step + 1} of the rollout")
+
+    def check_update(self, figures: Dict[str, float]) -> None:
+        for name, what in (("a_loss", "the policy loss"), ("c_loss", "the value loss"), ("bounds_loss", "the bounds loss"),
+                           ("entropy", "the entropy"), ("kl", "the KL divergence"), ("weights", "the weights")):
+            if not math.isfinite(figures[name]):
+                self.stop_for_bad_numbers(what)
+
+    def stop_for_bad_numbers(self, what: str) -> None:
+        path = os.path.join(self.config["run_dir"], "nan_dump.pth")
+        self.save(path, {**self.get_full_state_weights(), "buffer": dict(self.buffer), "what": what})
+        raise TrainingError(f"NaN or Inf in {what}, epoch {self.epoch_num}: stopped; nothing of this epoch was saved but {path}, to look into")
 
     def train(self) -> None:
         """The loop: until max_epochs or a stop signal. Everything that is logged or saved happens at the end of an epoch."""
@@ -1182,9 +1281,20 @@ class PPOAgent:
                 saved = sorted(int(name[6:-4]) for name in os.listdir(folder) if re.fullmatch(r"epoch_\d+\.pth", name))
                 for epoch in saved[:-args.keep_last]:
                     os.remove(os.path.join(folder, f"epoch_{epoch}.pth"))
+        if args.save_every_minutes and time.monotonic() - self.last_save > 60 * args.save_every_minutes:
+            self.save(os.path.join(folder, "last.pth"))
 
-    def save(self, path: str) -> None:
-        save_checkpoint(self.get_full_state_weights(), path)
+    def save(self, path: str, state: Optional[Dict[str, Any]] = None, final: bool = False) -> None:
+        """Save, or say why not: while training goes on there is a next time, at the end there is none."""
+        try:
+            save_checkpoint(state or self.get_full_state_weights(), path)
+            self.last_save, self.warned_save = time.monotonic(), False
+        except OSError as exc:
+            if final:
+                raise TrainingError(f"{path} cannot be written ({exc.strerror or exc}): the weights of epoch {self.epoch_num} are not on disk")
+            if not self.warned_save:
+                self.warned_save = True
+                warn(f"{path} cannot be written ({exc.strerror or exc}); training goes on, the next save will try again")
 
     def get_full_state_weights(self) -> Dict[str, Any]:
         """Everything that the run is, as plain tensors, numbers, strings, lists and dicts."""
@@ -1197,7 +1307,7 @@ class PPOAgent:
             "format_version": FORMAT_VERSION, "args": asdict(self.args), "num_obs": self.env.num_obs, "num_acts": self.env.num_acts,
             "lr": self.lr, "best_epoch": self.best_epoch, "total_time": self.total_time, "obs": self.obs.clone(),
             "dones": self.dones, "running": self.episodes.running, "finished": self.episodes.finished.state_dict(), "rng": get_rng_state(self.device),
-            "wandb_run_id": self.config["wandb_run_id"], "summaries": self.writer.file_sizes(),
+            "wandb_run_id": self.config["wandb_run_id"], "summaries": self.writer.file_sizes(), "observers": self.algo_observer.state_dict(),
         })
 
     def set_full_state_weights(self, state: Dict[str, Any]) -> bool:
@@ -1211,6 +1321,7 @@ class PPOAgent:
         self.epoch_num, self.frame, self.total_time = state["epoch"], state["frame"], state["total_time"]
         self.last_mean_rewards, self.best_epoch = state["last_mean_rewards"], state["best_epoch"]
         self.episodes.finished.load_state_dict(state["finished"])
+        self.algo_observer.load_state_dict(state["observers"])
         exact = getattr(self.env, "exact_state", False) and state["obs"].shape == self.obs.shape
         if state["env_state"] is not None and hasattr(self.env, "set_env_state") and (exact or not getattr(self.env, "exact_state", False)):
             self.env.set_env_state(state["env_state"])  # of an Isaac Gym task: its curriculum
@@ -1272,13 +1383,21 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 def make_run_dir(args: Args) -> str:
     """A new folder <train_dir>/<experiment>, with _2, _3 ... appended if the name is taken."""
     name = args.experiment or f"{re.sub(r'[^A-Za-z0-9_-]+', '_', args.env_id)}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    os.makedirs(args.train_dir, exist_ok=True)
+    if os.path.basename(name) != name:
+        raise UserError(f"--experiment {name} must be a plain name; --train-dir says in which folder")
+    if os.path.exists(args.train_dir) and not os.path.isdir(args.train_dir):
+        raise UserError(f"--train-dir {args.train_dir} is not a folder")
     for suffix in range(1, 10**6):
         run_dir = os.path.join(args.train_dir, name if suffix == 1 else f"{name}_{suffix}")
-        with contextlib.suppress(FileExistsError):
+        try:
+            os.makedirs(args.train_dir, exist_ok=True)
             os.mkdir(run_dir)  # atomic: of two processes one gets the name
             os.mkdir(os.path.join(run_dir, "nn"))
             return run_dir
+        except FileExistsError:
+            continue
+        except OSError as exc:
+            raise UserError(f"{run_dir} cannot be made: {exc.strerror or exc}")
     raise UserError(f"no free name for {name} in {args.train_dir}")
 
 
@@ -1306,9 +1425,13 @@ class Runner:
 
     def __init__(self, args: Args, algo_observer: Optional[AlgoObserver] = None):
         self.args, self.algo_observer = args, algo_observer or RLGPUAlgoObserver()
+        if not isinstance(self.algo_observer, MultiObserver):  # it is the one that keeps a failing observer from ending the run
+            self.algo_observer = MultiObserver([self.algo_observer])
+        self.algo_observer.strict = args.strict_observers
 
     def run(self) -> Dict[str, Any]:
         args = self.args
+        args.check()
         if args.torch_threads:
             torch.set_num_threads(args.torch_threads)
         if args.checkpoint and args.init_from:
@@ -1338,6 +1461,7 @@ class Runner:
         home = os.path.dirname(os.path.dirname(os.path.abspath(path)))
         continues = bool(args.checkpoint) and os.path.exists(os.path.join(home, "config.json")) and newest_checkpoint(home)[1]["epoch"] <= state["epoch"]
         run_dir = os.path.relpath(home) if continues else make_run_dir(args)
+        lock = claim_run_dir(run_dir)
         summaries = os.path.join(run_dir, "summaries")
         origin = {} if continues or state is None else {
             "branched_from" if args.checkpoint else "initialised_from": f"{path} (epoch {state['epoch']})"}
@@ -1376,12 +1500,14 @@ class Runner:
             handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             agent.train()
-            agent.save(os.path.join(run_dir, "nn", "last.pth"))
+            agent.save(os.path.join(run_dir, "nn", "last.pth"), final=True)
         finally:
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
             self.algo_observer.close()
-            writer.close()
+            with contextlib.suppress(Exception):
+                writer.close()
+            lock.close()
         self.report(agent, run_dir)
         return {"run_dir": run_dir, "epoch": agent.epoch_num, "mean_reward": agent.mean_rewards, "best": agent.last_mean_rewards,
                 "stop_signal": agent.stop_signal}
@@ -1438,6 +1564,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     except UserError as exc:
         print(f"error: {exc}", file=sys.stderr)
         sys.exit(2)
+    except TrainingError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        sys.exit(1)
     if result.get("stop_signal"):
         sys.exit(128 + result["stop_signal"])
 
