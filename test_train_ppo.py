@@ -225,7 +225,7 @@ def same_state(a, b):
     """Leaves that differ between two checkpoints, but for what must: clocks, names, budgets."""
     a, b = load_checkpoint(str(a)), load_checkpoint(str(b))
     for state in (a, b):
-        for key in ("total_time", "wandb_run_id", "summaries"):
+        for key in ("total_time", "wandb_run_id"):
             del state[key]
         for key in ("max_epochs", "experiment", "checkpoint"):
             del state["args"][key]
@@ -541,7 +541,7 @@ def test_time_limits_are_bootstrapped_with_the_value_of_the_last_state(here):
     expected = 0.5 * agent.buffer["rewards"][:3, 0].sum() + 0.9 * agent.buffer["values"][2, 0]
     assert agent.buffer["time_outs"][2, 0] == 1
     agent.update()
-    assert torch.isclose(agent.episodes.finished.ring[0, 1], expected)
+    assert torch.isclose(agent.episodes.finished.rows[0, 1], expected)
 
 
 def test_missing_time_outs_are_warned_about_once(here, capsys):
@@ -593,7 +593,7 @@ def test_running_mean_std_is_that_of_all_data():
     assert running.normalize(torch.full((1, 3), 1e6)).max() == 5
 
 
-def test_window_meter_is_a_deque_on_the_device():
+def test_window_meter_is_a_deque():
     from collections import deque
 
     torch.manual_seed(0)
@@ -602,10 +602,8 @@ def test_window_meter_is_a_deque_on_the_device():
         values, mask = torch.randn(rows + 3, 1), torch.rand(rows + 3) < 0.6
         meter.add(values, mask)
         reference.extend(values[mask].flatten().tolist())
-        if reference:
-            assert meter.stats().flatten().tolist() == pytest.approx([np.mean(reference), min(reference), max(reference)], abs=1e-6)
         total += int(mask.sum())
-    assert int(meter.count) == total
+        assert meter.rows.flatten().tolist() == list(reference) and meter.count == total
 
 
 def test_episode_meter_counts_across_rollouts():
@@ -613,7 +611,7 @@ def test_episode_meter_counts_across_rollouts():
     rewards = torch.tensor([[1.0, 10.0], [2.0, 20.0]])
     meter.add_rollout(rewards, 2 * rewards, torch.zeros(2, 2))
     meter.add_rollout(rewards, 2 * rewards, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
-    assert meter.finished.ring[:2].tolist() == [[40, 80, 3], [6, 12, 4]]
+    assert meter.finished.rows.tolist() == [[40, 80, 3], [6, 12, 4]]
     assert meter.running.tolist() == [[0, 0, 0], [20, 40, 1]]
 
 
@@ -1082,8 +1080,8 @@ def test_kill_dash_nine_at_any_moment_loses_nothing(tmp_path):
     kills, rng = int(os.environ.get("KILLS", "30")), random.Random(0)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_train_ppo"])
-    epochs = str(10 * kills)
-    flags = ["--num-envs", "16", "--num-steps", "8", "--save-frequency", "1", "--save-best-after", "1", "--max-epochs", epochs]
+    epochs = str(6 * kills)
+    flags = ["--num-envs", "16", "--num-steps", "8", "--update-epochs", "2", "--save-frequency", "1", "--save-best-after", "1", "--max-epochs", epochs]
 
     def start(arguments, seconds=0.0):
         process = context.Process(target=train_with_slow_fsync, args=(str(tmp_path), arguments, seconds))

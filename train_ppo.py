@@ -34,6 +34,7 @@ import random
 import re
 import shlex
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -60,6 +61,7 @@ if importlib.util.find_spec("isaacgym") is not None:
 
 import torch  # noqa: E402
 import tyro  # noqa: E402
+from tensorboard.compat.proto.event_pb2 import Event  # noqa: E402
 from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.tensorboard import SummaryWriter  # noqa: E402
@@ -534,37 +536,22 @@ def log_prob(action: Tensor, mu: Tensor, logstd: Tensor) -> Tensor:
 
 
 class WindowMeter:
-    """The last `size` values it was given, on the device. `add` has fixed shapes, so it never waits for a GPU."""
+    """The last `size` rows that it was given, on the device. `add` waits for a GPU: call it once an epoch."""
 
     def __init__(self, size: int, width: int, device: torch.device):
-        self.ring = torch.zeros(size + 1, width, device=device)  # the extra row takes the values that are masked out
-        self.count = torch.zeros((), dtype=torch.long, device=device)  # values ever added
+        self.size, self.rows, self.count = size, torch.zeros(0, width, device=device), 0  # count: rows ever added
 
     def add(self, values: Tensor, mask: Tensor) -> None:
         """Add the rows of values (n, width) where mask (n,) is true, oldest first."""
-        size = len(self.ring) - 1
-        rank = mask.cumsum(0)  # 1 for the first row to add, 2 for the second ...
-        total = rank[-1]
-        keep = mask & (rank > total - size)  # of more than `size` rows only the last fit
-        slot = torch.where(keep, (self.count + rank - 1) % size, size)
-        self.ring[slot] = values
-        self.count += total
+        new = values[mask]
+        self.count += len(new)
+        self.rows = torch.cat((self.rows, new))[-self.size:]
 
-    def stats(self) -> Tensor:
-        """(3, width): mean, min and max over the window, zeros while it is empty."""
-        size = len(self.ring) - 1
-        rows, filled = self.ring[:size], (torch.arange(size, device=self.ring.device) < self.count).unsqueeze(1)
-        mean = torch.where(filled, rows, 0.0).sum(0) / self.count.clamp(1, size)
-        low, high = (torch.where(filled, rows, fill).unsqueeze(0) for fill in (math.inf, -math.inf))
-        return torch.where(self.count > 0, torch.stack((mean, low.amin((0, 1)), high.amax((0, 1)))), 0.0)
+    def state_dict(self) -> Dict[str, Any]:
+        return {"rows": self.rows, "count": self.count}
 
-    def state_dict(self) -> Dict[str, Tensor]:
-        return {"ring": self.ring, "count": self.count}
-
-    def load_state_dict(self, state: Dict[str, Tensor]) -> None:
-        if state["ring"].shape == self.ring.shape:  # another games_to_track starts a new window
-            self.ring.copy_(state["ring"])
-            self.count.copy_(state["count"])
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        self.rows, self.count = state["rows"][-self.size:].to(self.rows.device), state["count"]
 
 
 class EpisodeMeter:
@@ -611,24 +598,26 @@ class Writer(SummaryWriter):
         self.pending.clear()
         self.scalars.clear()
 
-    def file_sizes(self) -> Dict[str, int]:
-        """{event file: bytes}, everything so far flushed: what a checkpoint needs to cut the curve off there."""
-        with contextlib.suppress(Exception):  # a writer that fails is reported by end_epoch
-            self.flush()
-        return {name: os.path.getsize(os.path.join(self.log_dir, name)) for name in sorted(os.listdir(self.log_dir)) if "tfevents" in name}
-
     @staticmethod
-    def rewind(log_dir: str, sizes: Dict[str, int]) -> None:
-        """Cut event files back to `file_sizes` of a checkpoint, so that epochs that are run again are not drawn twice.
+    def rewind(log_dir: str, epoch: int) -> None:
+        """Cut off what was logged after `epoch`, so that epochs that are run again are not drawn twice.
 
         purge_step cannot do it alone: it compares frames with the steps of <tag>/iter (epochs) and <tag>/time (seconds).
         """
         for name in os.listdir(log_dir) if os.path.isdir(log_dir) else ():
-            path = os.path.join(log_dir, name)
-            if name in sizes and os.path.getsize(path) > sizes[name]:
-                os.truncate(path, sizes[name])
-            elif name not in sizes and name.startswith("events.out.tfevents"):
-                os.remove(path)
+            if not name.startswith("events.out.tfevents"):
+                continue
+            with open(os.path.join(log_dir, name), "r+b") as file:
+                while True:  # a record is: 8 bytes of length, 4 of checksum, the event, 4 of checksum
+                    start, header = file.tell(), file.read(12)
+                    event = file.read(struct.unpack("<Q", header[:8])[0] + 4) if len(header) == 12 else b""
+                    if len(header) < 12 or len(event) < 4 + struct.unpack("<Q", header[:8])[0]:
+                        break  # the end, or half a record of a killed process
+                    values = Event.FromString(event[:-4]).summary.value
+                    if any(value.tag == "info/epochs" and value.simple_value > epoch for value in values):
+                        break
+                if file.seek(0, os.SEEK_END) > start:
+                    file.truncate(start)
 
 
 # ======================================================================================================================
@@ -693,8 +682,8 @@ class RLGPUAlgoObserver(AlgoObserver):
         super().after_init(algo)
         self.sums: Dict[str, Any] = {}  # "Episode/<key>" or scalar's key -> [sum, count] over the epoch
         self.running: Dict[str, Tensor] = {}  # episode_cumulative key -> (E,) sum over the running episode
+        self.ended: Dict[str, List[Tuple[Tensor, Tensor]]] = {}  # key -> (sums, done) of each step of the epoch
         self.windows: Dict[str, WindowMeter] = {}
-        self.last_counts: Dict[str, int] = {}
 
     def process_infos(self, infos, done_indices) -> None:
         for key, value in infos.get("episode", {}).items():
@@ -705,9 +694,9 @@ class RLGPUAlgoObserver(AlgoObserver):
             if key not in self.running:
                 self.running[key] = torch.zeros_like(value, dtype=torch.float32)
                 self.windows[key] = WindowMeter(self.algo.games_to_track, 1, value.device)
-            self.running[key] += value
-            self.windows[key].add(self.running[key].unsqueeze(1), done)
-            self.running[key] = torch.where(done, 0.0, self.running[key])
+            total = self.running[key] + value
+            self.ended.setdefault(key, []).append((total, done))
+            self.running[key] = torch.where(done, 0.0, total)
         self._add_scalars(infos, "")
 
     def _add_scalars(self, infos, prefix) -> None:
@@ -734,23 +723,22 @@ class RLGPUAlgoObserver(AlgoObserver):
                     self.writer.add_scalar(f"{key}/iter", mean, epoch_num)
                     self.writer.add_scalar(f"{key}/time", mean, total_time)
             self.sums.clear()
-        if self.windows:
-            stats = torch.stack([torch.cat((w.stats()[:, 0], w.count.view(1).float())) for w in self.windows.values()]).tolist()
-            for key, (mean, low, high, count) in zip(self.windows, stats):
-                if count > self.last_counts.get(key, 0):  # only if episodes ended in this epoch
-                    self.last_counts[key] = count
-                    self.writer.add_scalar(f"episode_cumulative/{key}", mean, frame)
-                    self.writer.add_scalar(f"episode_cumulative_min/{key}_min", low, frame)
-                    self.writer.add_scalar(f"episode_cumulative_max/{key}_max", high, frame)
+        for key, ended in self.ended.items():
+            window, before = self.windows[key], self.windows[key].count
+            window.add(torch.cat([total for total, _ in ended]).unsqueeze(1), torch.cat([done for _, done in ended]))
+            if window.count > before:  # only if episodes ended in this epoch
+                self.writer.add_scalar(f"episode_cumulative/{key}", window.rows.mean(), frame)
+                self.writer.add_scalar(f"episode_cumulative_min/{key}_min", window.rows.min(), frame)
+                self.writer.add_scalar(f"episode_cumulative_max/{key}_max", window.rows.max(), frame)
+        self.ended.clear()
 
     def state_dict(self):
-        return {key: {"running": self.running[key], "window": window.state_dict(), "last_count": self.last_counts.get(key, 0)}
-                for key, window in self.windows.items()}
+        return {key: {"running": self.running[key], "window": window.state_dict()} for key, window in self.windows.items()}
 
     def load_state_dict(self, state) -> None:
         for key, saved in state.items():
             if saved["running"].shape == self.algo.dones.shape:  # another num_envs starts anew
-                self.running[key], self.last_counts[key] = saved["running"].to(self.algo.device), saved["last_count"]
+                self.running[key] = saved["running"].to(self.algo.device)
                 self.windows[key] = WindowMeter(self.algo.games_to_track, 1, self.algo.device)
                 self.windows[key].load_state_dict(saved["window"])
 
@@ -937,15 +925,18 @@ def load_checkpoint(path: str) -> Dict[str, Any]:
 
 
 def newest_checkpoint(run_dir: str) -> Tuple[str, Dict[str, Any]]:
-    """(path, state) of the newest readable checkpoint of a run folder, by the epoch inside it; broken ones are skipped aloud."""
+    """(path, state) of a run folder's readable checkpoint with the highest epoch; broken ones are skipped aloud."""
     folder = os.path.join(run_dir, "nn")
+    names = sorted(name for name in (os.listdir(folder) if os.path.isdir(folder) else ()) if name.endswith(".pth"))
+    numbered = sorted((name for name in names if re.fullmatch(r"epoch_\d+\.pth", name)), key=lambda name: -int(name[6:-4]))
     found = []
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-        if name.endswith(".pth"):
-            try:
-                found.append((os.path.join(folder, name), load_checkpoint(os.path.join(folder, name))))
-            except UserError as exc:
-                warn(f"{exc}: skipped")
+    for name in [name for name in names if name not in numbered] + numbered:
+        if found and os.path.basename(found[-1][0]) in numbered:
+            break  # the rest is older
+        try:
+            found.append((os.path.join(folder, name), load_checkpoint(os.path.join(folder, name))))
+        except UserError as exc:
+            warn(f"{exc}: skipped")
     if not found:
         raise UserError(f"{run_dir} has no readable checkpoint (looked for {os.path.join(folder, '*.pth')})")
     return max(found, key=lambda item: (item[1]["epoch"], os.path.basename(item[0]) == "last.pth"))
@@ -967,7 +958,7 @@ def get_rng_state(device: torch.device) -> Dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "python": [version, torch.tensor(keys), gauss],
+        "python": [version, torch.from_numpy(np.array(keys)), gauss],
         "numpy": [name, torch.from_numpy(np_keys.astype(np.int64)), *np_rest],
     }
 
@@ -983,9 +974,9 @@ def set_rng_state(state: Dict[str, Any], device: torch.device) -> None:
 
 
 def plain(value: Any) -> Any:
-    """`value` as tensors, numbers, strings, lists and dicts, the only things that a checkpoint may hold."""
+    """A copy of `value` as tensors, numbers, strings, lists and dicts, the only things that a checkpoint may hold."""
     if value is None or isinstance(value, (bool, int, float, str, Tensor)):
-        return value.detach() if isinstance(value, Tensor) else value
+        return value.detach().clone() if isinstance(value, Tensor) else value
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -1088,7 +1079,8 @@ class PPOAgent:
         self.obs = env.reset()["obs"].to(self.device)
         self.dones = torch.zeros(E, dtype=torch.bool, device=self.device)
         self.has_time_outs = self.warned_time_outs = self.warned_save = False
-        self.last_save = time.monotonic()
+        self.last_save = self.last_best_save = time.monotonic()
+        self.best_state: Optional[Dict[str, Any]] = None  # a new best that is not on disk yet
         observer.after_init(self)
 
     @torch.no_grad()
@@ -1184,21 +1176,25 @@ class PPOAgent:
 
         figures /= args.update_epochs * len(minibatches)
         # the epoch's only transfer from the device
-        means, finished = self.episodes.finished.stats()[0], self.episodes.finished.count
+        finished = self.episodes.finished
+        means = finished.rows.mean(0) if finished.count else torch.zeros(3, device=self.device)
         weights = torch.stack([p.detach().sum() for p in model.parameters()]).sum()  # NaN or Inf if any of them is
-        extra = torch.stack((self.lr, explained_variance, weights, longest, finished.float()))
-        names = ("a_loss", "c_loss", "entropy", "bounds_loss", "clipfrac", "kl", "lr", "explained_variance", "weights", "longest", "finished",
+        extra = torch.stack((self.lr, explained_variance, weights, longest))
+        names = ("a_loss", "c_loss", "entropy", "bounds_loss", "clipfrac", "kl", "lr", "explained_variance", "weights", "longest",
                  "reward", "shaped_reward", "length")
         figures = dict(zip(names, torch.cat((figures, extra, means)).tolist()))
         self.check_update(figures)
+        figures["finished"] = finished.count
         return figures
 
     def check_rollout(self) -> None:
         """A batch with NaN or Inf in it never reaches the weights, nor a checkpoint: name what went bad first, and stop."""
         named = {"observations": "obs", "mean actions": "mus", "actions": "actions", "values": "values", "rewards": "rewards"}
-        bad = torch.stack([~torch.isfinite(self.buffer[name]).flatten(2).all(-1) if self.buffer[name].dim() > 2 else
-                           ~torch.isfinite(self.buffer[name]) for name in named.values()])  # (5, T, E)
-        if bad.any():  # the epoch's other wait for the device
+        if torch.stack([self.buffer[name].sum() for name in named.values()]).isfinite().all():  # the epoch's other wait for the device
+            return
+        bad = torch.stack([~self.buffer[name].isfinite().flatten(2).all(-1) if self.buffer[name].dim() > 2 else ~self.buffer[name].isfinite()
+                           for name in named.values()])  # (5, T, E)
+        if bad.any():  # else only the sum was too large
             step = int(bad.any(0).any(1).nonzero()[0])
             what = int(bad[:, step].any(1).nonzero()[0])
             self.stop_for_bad_numbers(f"{list(named)[what]} of {int(bad[what, step].sum())} of {self.env.num_envs} envs at step {step + 1} of the rollout")
@@ -1271,21 +1267,33 @@ class PPOAgent:
 
     def save_checkpoints(self, figures: Dict[str, float]) -> None:
         """best.pth at each new best mean reward over a full window, epoch_<N>.pth every save_frequency epochs."""
-        args, folder = self.args, os.path.join(self.config["run_dir"], "nn")
-        if figures["finished"] >= args.games_to_track and self.epoch_num >= args.save_best_after and self.mean_rewards > self.last_mean_rewards:
+        args, folder, now = self.args, os.path.join(self.config["run_dir"], "nn"), time.monotonic()
+        if self.episodes.finished.count >= args.games_to_track and self.epoch_num >= args.save_best_after and self.mean_rewards > self.last_mean_rewards:
             self.last_mean_rewards, self.best_epoch = self.mean_rewards, self.epoch_num
-            self.save(os.path.join(folder, "best.pth"))
-        if args.save_frequency and self.epoch_num % args.save_frequency == 0:
+            self.best_state = self.get_full_state_weights()
+        periodic = bool(args.save_frequency) and self.epoch_num % args.save_frequency == 0
+        overdue = bool(args.save_every_minutes) and now - self.last_save > 60 * args.save_every_minutes
+        # A run with epochs of milliseconds may find a new best in each: it waits in memory, at most two seconds, and always goes to
+        # disk before a file that knows of it.
+        if periodic or overdue or now - self.last_best_save > 2.0:
+            self.save_best()
+        if periodic:
             self.save(os.path.join(folder, f"epoch_{self.epoch_num}.pth"))
             if args.keep_last:
                 saved = sorted(int(name[6:-4]) for name in os.listdir(folder) if re.fullmatch(r"epoch_\d+\.pth", name))
                 for epoch in saved[:-args.keep_last]:
                     os.remove(os.path.join(folder, f"epoch_{epoch}.pth"))
-        if args.save_every_minutes and time.monotonic() - self.last_save > 60 * args.save_every_minutes:
+        elif overdue:
             self.save(os.path.join(folder, "last.pth"))
 
-    def save(self, path: str, state: Optional[Dict[str, Any]] = None, final: bool = False) -> None:
+    def save_best(self) -> None:
+        if self.best_state is not None and self.save(os.path.join(self.config["run_dir"], "nn", "best.pth"), self.best_state):
+            self.best_state, self.last_best_save = None, time.monotonic()
+
+    def save(self, path: str, state: Optional[Dict[str, Any]] = None, final: bool = False) -> bool:
         """Save, or say why not: while training goes on there is a next time, at the end there is none."""
+        with contextlib.suppress(Exception):  # a writer that fails is reported where it writes
+            self.writer.flush()  # the curve on disk is never behind the checkpoint
         try:
             save_checkpoint(state or self.get_full_state_weights(), path)
             self.last_save, self.warned_save = time.monotonic(), False
@@ -1293,11 +1301,12 @@ class PPOAgent:
             if final:
                 raise TrainingError(f"{path} cannot be written ({exc.strerror or exc}): the weights of epoch {self.epoch_num} are not on disk")
             if not self.warned_save:
-                self.warned_save = True
                 warn(f"{path} cannot be written ({exc.strerror or exc}); training goes on, the next save will try again")
+            self.warned_save = True
+        return not self.warned_save
 
     def get_full_state_weights(self) -> Dict[str, Any]:
-        """Everything that the run is, as plain tensors, numbers, strings, lists and dicts."""
+        """Everything that the run is, copied, as plain tensors, numbers, strings, lists and dicts."""
         optimizer = self.optimizer.state_dict()
         optimizer["param_groups"] = [{**group, "lr": float(self.lr)} for group in optimizer["param_groups"]]
         env_state = self.env.get_env_state() if hasattr(self.env, "get_env_state") else None
@@ -1305,9 +1314,9 @@ class PPOAgent:
             "model": dict(self.model.state_dict()), "optimizer": optimizer, "epoch": self.epoch_num, "frame": self.frame,
             "last_mean_rewards": self.last_mean_rewards, "env_state": env_state,  # rl_games' keys end here
             "format_version": FORMAT_VERSION, "args": asdict(self.args), "num_obs": self.env.num_obs, "num_acts": self.env.num_acts,
-            "lr": self.lr, "best_epoch": self.best_epoch, "total_time": self.total_time, "obs": self.obs.clone(),
+            "lr": self.lr, "best_epoch": self.best_epoch, "total_time": self.total_time, "obs": self.obs,
             "dones": self.dones, "running": self.episodes.running, "finished": self.episodes.finished.state_dict(), "rng": get_rng_state(self.device),
-            "wandb_run_id": self.config["wandb_run_id"], "summaries": self.writer.file_sizes(), "observers": self.algo_observer.state_dict(),
+            "wandb_run_id": self.config["wandb_run_id"], "observers": self.algo_observer.state_dict(),
         })
 
     def set_full_state_weights(self, state: Dict[str, Any]) -> bool:
@@ -1466,7 +1475,7 @@ class Runner:
         origin = {} if continues or state is None else {
             "branched_from" if args.checkpoint else "initialised_from": f"{path} (epoch {state['epoch']})"}
         if continues:
-            Writer.rewind(summaries, state["summaries"])
+            Writer.rewind(summaries, state["epoch"])
         else:
             with open(os.path.join(run_dir, "config.json"), "w") as file:
                 json.dump(describe_run(args, run_dir, origin), file, indent=2)
@@ -1499,7 +1508,10 @@ class Runner:
         with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us handles signals
             handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            agent.train()
+            try:
+                agent.train()
+            finally:
+                agent.save_best()
             agent.save(os.path.join(run_dir, "nn", "last.pth"), final=True)
         finally:
             for signum, handler in handlers.items():
