@@ -221,6 +221,33 @@ def test_live_line_on_a_terminal(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- continuing
 
 
+def test_second_signal_ends_it_at_once(here):
+    """An env that never returns from step cannot hold up the end; what was saved before stays readable."""
+    Path("my_envs.py").write_text(textwrap.dedent("""
+        import time
+        from test_train_ppo import Env
+        def make(num_envs, device, seed):
+            env = Env(num_envs, device, seed)
+            step, count = env.step, [0]
+            def slow(actions):
+                count[0] += 1
+                if count[0] > 30:
+                    print("asleep", flush=True)
+                    time.sleep(100)
+                return step(actions)
+            env.step = slow
+            return env
+    """))
+    process = subprocess.Popen([sys.executable, SCRIPT, "--env-id", "my_envs:make", *SMALL, "--max-epochs", "9", "--experiment", "r"],
+                               env={**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{HERE}"}, stdout=subprocess.PIPE, universal_newlines=True)
+    assert any("asleep" in line for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    assert "finishing this epoch" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == -signal.SIGTERM
+    assert load_checkpoint("runs/r/nn/epoch_2.pth")["epoch"] == 2
+
+
 def same_state(a, b):
     """Leaves that differ between two checkpoints, but for what must: clocks, names, budgets."""
     a, b = load_checkpoint(str(a)), load_checkpoint(str(b))
@@ -1222,6 +1249,18 @@ def test_a_failing_observer_is_left_out(here, capsys, hook):
     args = train_ppo.parse_args([*SMALL, "--experiment", "q", "--strict-observers"])
     with pytest.raises(ZeroDivisionError):
         train_ppo.Runner(args, Broken(hook)).run()
+
+
+def test_failing_tensorboard_writer_does_not_stop_training(here, monkeypatch, capsys):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_ppo.Writer, "flush", fail)
+    monkeypatch.setattr("torch.utils.tensorboard.writer.FileWriter.add_summary", fail)
+    main([*SMALL, "--experiment", "r"])
+    error = capsys.readouterr().err
+    assert error.count("warning: ") == 1 and "TensorBoard events cannot be written any more ([Errno 28] No space left on device)" in error
+    assert load_checkpoint("runs/r/nn/last.pth")["epoch"] == 4
 
 
 def test_observer_state_continues(here):

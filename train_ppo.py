@@ -1023,6 +1023,7 @@ class Batch(NamedTuple):
 def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> loss (), the new mean actions (n, A) and log std (A,), and (5,) policy, value, entropy and bounds loss, and clip fraction."""
     mu, logstd, value = model(batch.obs)
+    mu, value = mu.float(), value.float()  # of bfloat16 under mixed_precision: ratios near 1 need all their digits
     ratio = (log_prob(batch.actions, mu, logstd) - batch.logprobs).exp()
     clipped = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
     policy_loss = -torch.min(batch.advantages * ratio, batch.advantages * clipped).mean()
@@ -1097,15 +1098,15 @@ class PPOAgent:
                 buffer[name][t] = x
 
             start = time.perf_counter()
-            obs, reward, self.dones, infos = self.env.step(action.clamp(-1.0, 1.0) if self.args.clip_actions else action)
+            obs, reward, done, infos = self.env.step(action.clamp(-1.0, 1.0) if self.args.clip_actions else action)
             env_seconds += time.perf_counter() - start
 
             self.obs = obs["obs"].to(self.device)
             buffer["rewards"][t] = reward
-            buffer["dones"][t] = self.dones
-            self.has_time_outs = "time_outs" in infos
-            if self.has_time_outs:
-                buffer["time_outs"][t] = infos["time_outs"]
+            buffer["dones"][t] = done
+            buffer["time_outs"][t] = infos.get("time_outs", 0.0)
+            self.has_time_outs |= "time_outs" in infos
+            self.dones = buffer["dones"][t].bool()
             done_indices = self.dones.nonzero() if self.algo_observer.needs_done_indices else None
             self.algo_observer.process_infos(infos, done_indices)
         return env_seconds
@@ -1115,7 +1116,7 @@ class PPOAgent:
         args, model, buffer = self.args, self.model, self.buffer
         self.check_rollout()
         shaped = args.reward_scale * buffer["rewards"]
-        if args.value_bootstrap and self.has_time_outs:
+        if args.value_bootstrap:
             # An episode cut by the clock has a future (Pardo et al. 2018). V(s_{t+1}) would be the exact thing to add, but some tasks
             # return the next episode's first observation there, so, like rl_games, take V(s_t), one step off and always right.
             shaped = shaped + args.gamma * buffer["values"] * buffer["time_outs"]
@@ -1229,7 +1230,7 @@ class PPOAgent:
             self.frame += args.num_steps * self.env.num_envs
 
             self.write_stats(figures, step_time, play_time, epoch_time)
-            self.save_checkpoints(figures)
+            self.save_checkpoints()
             left = (time.perf_counter() - began) / (self.epoch_num - first) * (args.max_epochs - self.epoch_num)
             line = self.epoch_line(figures, left, (step_time, play_time, epoch_time))
             print(line, flush=True) if bar.disable else bar.set_description_str(line)
@@ -1265,10 +1266,11 @@ class PPOAgent:
         self.algo_observer.after_print_stats(frame, self.epoch_num, self.total_time)
         self.writer.end_epoch()
 
-    def save_checkpoints(self, figures: Dict[str, float]) -> None:
+    def save_checkpoints(self) -> None:
         """best.pth at each new best mean reward over a full window, epoch_<N>.pth every save_frequency epochs."""
         args, folder, now = self.args, os.path.join(self.config["run_dir"], "nn"), time.monotonic()
-        if self.episodes.finished.count >= args.games_to_track and self.epoch_num >= args.save_best_after and self.mean_rewards > self.last_mean_rewards:
+        full_window = len(self.episodes.finished.rows) == args.games_to_track
+        if full_window and self.epoch_num >= args.save_best_after and self.mean_rewards > self.last_mean_rewards:
             self.last_mean_rewards, self.best_epoch = self.mean_rewards, self.epoch_num
             self.best_state = self.get_full_state_weights()
         periodic = bool(args.save_frequency) and self.epoch_num % args.save_frequency == 0
@@ -1282,7 +1284,8 @@ class PPOAgent:
             if args.keep_last:
                 saved = sorted(int(name[6:-4]) for name in os.listdir(folder) if re.fullmatch(r"epoch_\d+\.pth", name))
                 for epoch in saved[:-args.keep_last]:
-                    os.remove(os.path.join(folder, f"epoch_{epoch}.pth"))
+                    with contextlib.suppress(OSError):
+                        os.remove(os.path.join(folder, f"epoch_{epoch}.pth"))
         elif overdue:
             self.save(os.path.join(folder, "last.pth"))
 
