@@ -294,6 +294,9 @@ def test_older_checkpoint_branches_into_a_new_run(here, capsys):
     branch = json.loads(Path("runs/old_2/config.json").read_text())
     assert "old/nn/epoch_2.pth (epoch 2)" in branch["branched_from"]
     assert same_state("runs/old/nn/last.pth", "runs/old_2/nn/last.pth") == []
+    before = snapshot("runs/old")
+    main(["--checkpoint", "runs/old", "--experiment", "new", "--max-epochs", "5"])  # a new name branches too
+    assert snapshot("runs/old") == before and load_checkpoint("runs/new/nn/last.pth")["epoch"] == 5
 
 
 def test_complete_run_says_so(here, capsys):

@@ -1468,10 +1468,11 @@ class Runner:
         if state is not None:
             make_model(args, env, state)  # if the weights do not fit, say so before anything is written
             seed_everything(args.seed, args.torch_deterministic)
-        # Only the newest file of a run folder goes on in that folder; from an older one a new run branches off, so that
-        # neither a better best.pth nor later epochs are ever overwritten.
+        # Only the newest file of a run folder goes on in that folder; from an older one, or under a new name, a new run branches
+        # off, so that neither a better best.pth nor later epochs are ever overwritten.
         home = os.path.dirname(os.path.dirname(os.path.abspath(path)))
-        continues = bool(args.checkpoint) and os.path.exists(os.path.join(home, "config.json")) and newest_checkpoint(home)[1]["epoch"] <= state["epoch"]
+        continues = bool(args.checkpoint) and args.experiment == state["args"]["experiment"] and os.path.exists(os.path.join(home, "config.json"))
+        continues = continues and newest_checkpoint(home)[1]["epoch"] <= state["epoch"]
         run_dir = os.path.relpath(home) if continues else make_run_dir(args)
         lock = claim_run_dir(run_dir)
         summaries = os.path.join(run_dir, "summaries")
