@@ -979,6 +979,22 @@ def test_yaml_settings_of_isaacgymenvs_cartpole_are_the_defaults():
     assert Args(**train_ppo.settings_from_yaml(params, "Cartpole")) == Args()
 
 
+@pytest.mark.parametrize("change, reason", [
+    (dict(algo=dict(name="sac"), network=dict(name="soft_actor_critic", space=dict(continuous=None))), "the algorithm sac, .*the network soft_actor_critic"),
+    (dict(algo=dict(name="amp_continuous")), "the algorithm amp_continuous"),
+    (dict(network=dict(name="actor_critic", space=dict(discrete={}))), "discrete actions"),
+    (dict(network=dict(name="actor_critic", cnn={})), "a convolutional network"),
+    (dict(network=dict(name="actor_critic", space=dict(continuous=dict(fixed_sigma=False)))), "a state-dependent sigma"),
+    (dict(config=dict(reward_shaper=dict(scale_value=1.0, min_val=-1))), "a reward_shaper beyond scale_value"),
+    (dict(config=dict(bound_loss_type="regularisation")), "a bound_loss_type other than bound"),
+])
+def test_settings_that_ask_for_more_are_refused_by_name(change, reason):
+    params = dict(algo=dict(name="a2c_continuous"), model=dict(name="continuous_a2c_logstd"), network=dict(name="actor_critic"), config={})
+    train_ppo.settings_from_yaml({**params}, "Task")
+    with pytest.raises(train_ppo.UserError, match=reason):
+        train_ppo.settings_from_yaml({**params, **change}, "Task")
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 

@@ -292,8 +292,8 @@ def compose_isaacgym_config(args: Args, num_envs: Any = ""):
 def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
     """Our arguments from the `params` of a `<Task>PPO.yaml`; UserError if the task needs an algorithm that is not in this file."""
     config, network = dict(params["config"]), params["network"]
-    space, mlp = network.get("space", {}), network.get("mlp", {})
-    normal = space.get("continuous", {})
+    space, mlp = network.get("space") or {}, network.get("mlp") or {}
+    normal = space.get("continuous") or {}
     shaper = dict(config.pop("reward_shaper", {}))
     unset = (None, "None", False)
     needs = {
@@ -326,7 +326,8 @@ def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
     config.update(units=mlp.get("units", ()), activation=mlp.get("activation", "elu"), separate=network.get("separate", False),
                   sigma_init=normal.get("sigma_init", {}).get("val", 0.0))
     ignored = {"name", "full_experiment_name", "env_name", "multi_gpu", "ppo", "device", "device_name", "print_stats", "player",
-               "score_to_win", "seq_len", "seq_length", "zero_rnn_on_done", "central_value_config", "train_dir"}
+               "score_to_win", "seq_len", "seq_length", "zero_rnn_on_done", "central_value_config", "train_dir",
+               "defer_summaries_sec", "summaries_interval_sec_min", "summaries_interval_sec_max"}
     types = {f.name: f.type for f in fields(Args)}
     settings = {}
     for key, value in config.items():
