@@ -137,7 +137,7 @@ class Args:
     learning_rate: float = 3e-4  # Adam's learning rate, the initial one unless lr_schedule is fixed
     lr_schedule: Literal["adaptive", "linear", "fixed"] = "adaptive"  # by the KL divergence, or down to 1e-6 at max_epochs
     schedule_type: Literal["legacy", "standard"] = "legacy"  # adapt after each minibatch (legacy) or update epoch (standard)
-    kl_threshold: float = 0.008  # the KL divergence between consecutive policies that the adaptive schedule aims at
+    kl_threshold: float = 0.008  # the KL divergence from the acting policy that the adaptive schedule aims at
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation (rl_games: tau)
     clip_coef: float = 0.2  # clip range of the probability ratio, and of the value if clip_vloss (rl_games: e_clip)
@@ -1578,12 +1578,9 @@ def main(argv: Optional[List[str]] = None) -> None:
         if args.track:
             observers.append(WandbAlgoObserver(args))  # last: it sends what the others wrote
         result = Runner(args, MultiObserver(observers)).run()
-    except UserError as exc:
+    except (UserError, TrainingError) as exc:
         print(f"error: {exc}", file=sys.stderr)
-        sys.exit(2)
-    except TrainingError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(exc, UserError) else 1)
     if result.get("stop_signal"):
         sys.exit(128 + result["stop_signal"])
 

@@ -9,14 +9,14 @@ import statistics
 import sys
 import tempfile
 import time
+from typing import List
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import train_ppo  # noqa: E402
 from train_ppo import Args, MultiObserver, PPOAgent, RLGPUAlgoObserver, Runner  # noqa: E402
 
 
-def seconds(folder: str, on: bool) -> float:
-    """CPU and wall seconds of the training loop, saves included, start-up left out."""
+def seconds(folder: str, on: bool) -> List[float]:
+    """Wall and CPU seconds of the training loop, saves included, start-up left out."""
     full = {name: getattr(PPOAgent, name) for name in ("train", "write_stats", "save")}
     times = []
 
