@@ -1305,7 +1305,8 @@ def test_observer_state_continues(here):
 
 def test_two_processes_never_share_a_run(tmp_path):
     """Started at once with the same arguments: two folders. Continuing the same folder: the second is refused."""
-    command = [sys.executable, SCRIPT, "--num-envs", "64", "--max-epochs", "100000", "--experiment", "r"]
+    command = [sys.executable, SCRIPT, "--num-envs", "64", "--max-epochs", "100000", "--experiment", "r",
+               "--save-frequency", "1"]  # the newest file is another one at every look
     both = [subprocess.Popen(command, cwd=str(tmp_path), stdout=subprocess.PIPE, universal_newlines=True) for _ in range(2)]
     for process in both:
         assert any(line.startswith("epoch 30/") for line in process.stdout)

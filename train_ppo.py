@@ -925,7 +925,7 @@ def load_checkpoint(path: str) -> Dict[str, Any]:
     return state
 
 
-def newest_checkpoint(run_dir: str) -> Tuple[str, Dict[str, Any]]:
+def newest_checkpoint(run_dir: str, quiet: bool = False) -> Tuple[str, Dict[str, Any]]:
     """(path, state) of a run folder's readable checkpoint with the highest epoch; broken ones are skipped aloud."""
     folder = os.path.join(run_dir, "nn")
     names = sorted(name for name in (os.listdir(folder) if os.path.isdir(folder) else ()) if name.endswith(".pth"))
@@ -937,16 +937,16 @@ def newest_checkpoint(run_dir: str) -> Tuple[str, Dict[str, Any]]:
         try:
             found.append((os.path.join(folder, name), load_checkpoint(os.path.join(folder, name))))
         except UserError as exc:
-            warn(f"{exc}: skipped")
+            quiet or warn(f"{exc}: skipped")
     if not found:
         raise UserError(f"{run_dir} has no readable checkpoint (looked for {os.path.join(folder, '*.pth')})")
     return max(found, key=lambda item: (item[1]["epoch"], os.path.basename(item[0]) == "last.pth"))
 
 
-def find_checkpoint(path: str) -> Tuple[str, Dict[str, Any]]:
+def find_checkpoint(path: str, quiet: bool = False) -> Tuple[str, Dict[str, Any]]:
     """(file, state) for what --checkpoint or --init-from names: a file or a run folder."""
     if os.path.isdir(path):
-        return newest_checkpoint(path)
+        return newest_checkpoint(path, quiet)
     if not os.path.exists(path):
         raise UserError(f"--checkpoint {path} does not exist: give a .pth file or a run folder such as runs/Cartpole_...")
     return path, load_checkpoint(path)
@@ -1473,9 +1473,12 @@ class Runner:
         # off, so that neither a better best.pth nor later epochs are ever overwritten.
         home = os.path.dirname(os.path.dirname(os.path.abspath(path)))
         continues = bool(args.checkpoint) and args.experiment == state["args"]["experiment"] and os.path.exists(os.path.join(home, "config.json"))
-        continues = continues and newest_checkpoint(home)[1]["epoch"] <= state["epoch"]
+        is_newest = lambda: newest_checkpoint(home, quiet=True)[1]["epoch"] <= state["epoch"]  # noqa: E731
+        continues = continues and (os.path.isdir(args.checkpoint) or is_newest())
         run_dir = os.path.relpath(home) if continues else make_run_dir(args)
         lock = claim_run_dir(run_dir)
+        if continues and not is_newest():
+            raise UserError(f"{run_dir} was trained by another process until now: start again")
         summaries = os.path.join(run_dir, "summaries")
         origin = {} if continues or state is None else {
             "branched_from" if args.checkpoint else "initialised_from": f"{path} (epoch {state['epoch']})"}
@@ -1549,7 +1552,7 @@ def parse_args(argv: Optional[List[str]] = None) -> Args:
     parse = lambda default: tyro.cli(Args, args=argv, default=default, description=__doc__.splitlines()[0])  # noqa: E731
     args = first = parse(Args())
     if first.checkpoint or first.init_from:
-        path, state = find_checkpoint(first.checkpoint or first.init_from)
+        _, state = find_checkpoint(first.checkpoint or first.init_from, quiet=True)  # the Runner says what was skipped
         known = {f.name for f in fields(Args)}
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in state["args"].items() if k in known}
     if not first.checkpoint and uses_isaacgym(first):
@@ -1564,10 +1567,7 @@ def parse_args(argv: Optional[List[str]] = None) -> Args:
     elif first.init_from:
         network = ("units", "activation", "separate", "normalize_input", "normalize_value")
         args = replace(args, **{k: saved[k] for k in network})
-    args = parse(args)
-    if first.checkpoint:
-        args = replace(args, checkpoint=path)
-    return args
+    return parse(args)
 
 
 def main(argv: Optional[List[str]] = None) -> None:
