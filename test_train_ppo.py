@@ -663,15 +663,172 @@ def test_policy_kl_matches_torch():
     assert torch.allclose(train_ppo.log_prob(old_mu, mu, logstd), normal(mu, logstd.exp()).log_prob(old_mu).sum(-1), atol=1e-5)
 
 
+def rl_games_params(units=(32, 32), separate=False, **config):
+    """What a user of rl_games has in the yaml file for our Cartpole: the numbers of IsaacGymEnvs' CartpolePPO.yaml."""
+    none, default = "None", dict(name="default")
+    return dict(
+        seed=7, torch_threads=1, algo=dict(name="a2c_continuous"), model=dict(name="continuous_a2c_logstd"),
+        network=dict(name="actor_critic", separate=separate, mlp=dict(units=list(units), activation="elu", initializer=default, regularizer=dict(name=none)),
+                     space=dict(continuous=dict(mu_activation=none, sigma_activation=none, mu_init=default, fixed_sigma=True,
+                                                sigma_init=dict(name="const_initializer", val=0)))),
+        config=dict(
+            dict(name="theirs", env_name="our_cartpole", torch_compile=False, device="cpu", device_name="cpu", num_actors=512, max_epochs=20, save_frequency=10, save_best_after=5,
+                 multi_gpu=False, ppo=True, mixed_precision=False, normalize_input=True, normalize_value=True, reward_shaper=dict(scale_value=0.1),
+                 normalize_advantage=True, gamma=0.99, tau=0.95, learning_rate=3e-4, lr_schedule="adaptive", kl_threshold=0.008, score_to_win=20000,
+                 grad_norm=1.0, entropy_coef=0.0, truncate_grads=True, e_clip=0.2, horizon_length=16, minibatch_size=8192, mini_epochs=8, critic_coef=4,
+                 clip_value=True, seq_length=4, bounds_loss_coef=1e-4, print_stats=False, train_dir="theirs"), **config))
+
+
+def rl_games_runner(observer=None, **config):
+    """rl_games' own Runner, on our Cartpole."""
+    runner = pytest.importorskip("rl_games.torch_runner")
+    import gymnasium
+    from rl_games.common import env_configurations, vecenv
+
+    class VecEnv(vecenv.IVecEnv):
+        def __init__(self, num_actors):
+            self.env = Cartpole(num_actors, torch.device("cpu"))
+            self.step, self.reset, self.set_env_state = self.env.step, self.env.reset, lambda env_state: None
+
+        def get_env_info(self):
+            return dict(action_space=gymnasium.spaces.Box(-1, 1, (1,)), observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (4,)))
+
+    vecenv.register("OURS", lambda name, num_actors, **kwargs: VecEnv(num_actors))
+    env_configurations.register("our_cartpole", dict(vecenv_type="OURS", env_creator=lambda **kwargs: None))
+    made = runner.Runner(observer)
+    made.load(dict(params=rl_games_params(**config)))
+    return made
+
+
+def rl_games_player(path, **config):
+    """-> f(raw observations) = (deterministic actions, values), by rl_games' own player with the checkpoint at `path`."""
+    player = rl_games_runner(player=dict(use_vecenv=True), **config).create_player()
+    player.restore(str(path))
+    player.has_batch_dimension = True
+
+    def act(obs):
+        result = player.model(dict(is_train=False, obs=obs.clone(), prev_actions=None, rnn_states=None))
+        return player.get_action(obs.clone(), is_deterministic=True), result["values"].squeeze(-1)
+
+    return act
+
+
+def our_player(path):
+    state = load_checkpoint(str(path))
+    args = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in state["args"].items()})
+    model = train_ppo.make_model(args, state["num_obs"], state["num_acts"], state)
+    return lambda obs: (model(model.norm_obs(obs))[0].clamp(-1, 1), model.value(obs))
+
+
+def newest(pattern):
+    return max(Path().glob(pattern), key=lambda path: path.stat().st_mtime)
+
+
+class Recorder(train_ppo.AlgoObserver):
+    """Notes each epoch of whichever trainer calls it; rl_games' Runner takes it as ours does."""
+
+    def __init__(self):
+        self.epochs, self.counts, self.ended = [], [], []
+
+    def process_infos(self, infos, done_indices):
+        self.ended.append(float(self.algo.dones.float().mean()))
+
+    def after_print_stats(self, frame, epoch_num, total_time):
+        self.epochs.append(epoch_num)
+        self.counts.append(float(self.algo.model.state_dict()["running_mean_std.count"]))
+
+
+def test_checkpoints_move_between_rl_games_and_here(here, capsys):
+    """20 epochs there, 20 here, 10 there: nothing starts over, and after each hand-over both sides act alike."""
+    recorder, obs = Recorder(), torch.randn(1000, 4) * torch.tensor([2.0, 2.0, 0.5, 3.0])
+
+    def agree(path):
+        for theirs, ours in zip(rl_games_player(path)(obs), our_player(path)(obs)):
+            assert (theirs - ours).abs().max() <= 1e-6
+
+    rl_games_runner(recorder).run(dict(train=True, play=False))
+    first = newest("theirs/*/nn/last_theirs_ep_20_*.pth")
+    agree(first)
+    capsys.readouterr()
+
+    args = train_ppo.parse_args(["--checkpoint", str(first), "--max-epochs", "40", "--experiment", "ours"])
+    train_ppo.Runner(args, train_ppo.MultiObserver([recorder, train_ppo.RLGPUAlgoObserver()])).run()
+    out = capsys.readouterr().out
+    assert "epoch 20, frame 163,840" in out and "from rl_games: weights, normalisers, Adam and best reward are taken over" in out
+    saved = torch.load(str(first), weights_only=False)
+    assert f"learning rate {saved['optimizer']['param_groups'][0]['lr']:.1e}" in out
+    agree("runs/ours/nn/last.pth")
+
+    rl_games_runner(recorder, max_epochs=50).run(dict(train=True, play=False, checkpoint="runs/ours/nn/last.pth"))
+    last = newest("theirs/*/nn/last_theirs_ep_50_*.pth")
+    agree(last)
+    assert recorder.epochs == list(range(1, 51))
+    assert all(before < after for before, after in zip(recorder.counts, recorder.counts[1:])), "the normaliser starts over"
+    theirs, ours = torch.load(str(last), weights_only=False), load_checkpoint("runs/ours/nn/last.pth")
+    assert [int(s["step"]) for s in theirs["optimizer"]["state"].values()] == [8 * 50] * 9, "Adam starts over"
+    assert theirs["frame"] == 50 * 8192
+    assert [int(s["step"]) for s in ours["optimizer"]["state"].values()] == [8 * 40] * 9
+    # An episode in which the policy failed is short: had a hand-over lost the policy, many would end in the epochs after it.
+    ended = np.array(recorder.ended).reshape(50, 16).mean(1)
+    assert ended[:5].mean() > 0.02 and ended[20:].max() < 0.005
+    runs = [scalars(path) for path in (first.parent.parent, "runs/ours", last.parent.parent)]
+    for before, after in zip(runs, runs[1:]):  # an entropy that starts over would jump to 1.42, a critic to several times its loss
+        last_value, first_value = ({tag: values[i][1] for tag, values in run.items()} for run, i in ((before, -1), (after, 0)))
+        assert abs(first_value["losses/entropy"] - last_value["losses/entropy"]) < 0.25
+        assert first_value["losses/c_loss"] < 1.5 * last_value["losses/c_loss"]
+
+
+def test_checkpoints_of_compiled_and_mixed_precision_rl_games(here, capsys):
+    """What 1.6.5 writes by default: `_orig_mod.` before every name, and a numpy number. With mixed precision also the scaler."""
+    rl_games_runner(max_epochs=6, units=(16, 8), separate=True, num_actors=64, minibatch_size=1024).run(dict(train=True, play=False))
+    path = newest("theirs/*/nn/last*.pth")
+    state = torch.load(str(path), weights_only=False)
+    state["model"] = {f"_orig_mod.{key}": value for key, value in state["model"].items()}
+    state.update(last_mean_rewards=np.float32(12.5), scaler={"scale": 65536.0})
+    torch.save(state, "compiled.pth")
+    main(["--checkpoint", "compiled.pth", "--max-epochs", "8", "--num-envs", "64", "--minibatch-size", "1024", "--experiment", "r"])
+    ours = load_checkpoint("runs/r/nn/last.pth")
+    assert (ours["epoch"], ours["last_mean_rewards"], ours["args"]["units"], ours["args"]["separate"]) == (8, 12.5, [16, 8], True)
+    main(["--play", "--checkpoint", "compiled.pth", "--num-envs", "8"])
+    assert "8 episodes" in capsys.readouterr().out
+    main(["--init-from", "compiled.pth", "--max-epochs", "1", "--num-envs", "64", "--minibatch-size", "1024", "--experiment", "from"])
+    obs = torch.randn(100, 4)
+    assert torch.allclose(rl_games_player("compiled.pth", units=(16, 8), separate=True)(obs)[0], our_player("compiled.pth")(obs)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("change, name", [
+    (lambda s: s["model"].update({"a2c_network.rnn.weight_ih_l0": torch.zeros(4)}), "a2c_network.rnn.weight_ih_l0"),
+    (lambda s: s.update(assymetric_vf_nets={}), "assymetric_vf_nets"),
+    (lambda s: s["model"].pop("a2c_network.sigma"), "a2c_network.sigma"),
+    (lambda s: s.update(running_mean_std={}), "running_mean_std"),
+], ids=["recurrent", "central value", "discrete", "before 1.3"])
+def test_rl_games_networks_that_are_not_ours_are_refused_by_name(here, capsys, change, name):
+    model = train_ppo.ActorCritic(4, 1)
+    optimizer = torch.optim.Adam(model.parameters()).state_dict()
+    state = dict(model=dict(model.state_dict()), optimizer=optimizer, epoch=1, frame=1, last_mean_rewards=np.float64(1), env_state=None)
+    torch.save(state, "fine.pth")
+    assert load_checkpoint("fine.pth")["args"]["units"] == [32, 32]
+    change(state)
+    torch.save(state, "odd.pth")
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", "odd.pth"])
+    err = capsys.readouterr().err
+    assert err.startswith("error: odd.pth is of an rl_games network that this file does not have") and name in err and err.count("\n") == 1
+
+
+def test_our_observers_run_in_rl_games(here):
+    """The other way round: our RLGPUAlgoObserver and MultiObserver in rl_games' Runner, unchanged."""
+    recorder = Recorder()
+    rl_games_runner(train_ppo.MultiObserver([train_ppo.RLGPUAlgoObserver(), recorder]), max_epochs=3).run(dict(train=True, play=False))
+    assert recorder.epochs == [1, 2, 3]
+
+
 def test_parameters_have_rl_games_names_in_its_order(here):
     """Against rl_games' own model: same names, shapes and parameter order, or checkpoints could not move."""
     builder = pytest.importorskip("rl_games.algos_torch.model_builder")
     for separate in (False, True):
-        params = dict(model=dict(name="continuous_a2c_logstd"), network=dict(
-            name="actor_critic", separate=separate, mlp=dict(units=[16, 8], activation="elu", initializer=dict(name="default"), regularizer=dict(name="None")),
-            space=dict(continuous=dict(mu_activation="None", sigma_activation="None", mu_init=dict(name="default"), fixed_sigma=True,
-                                       sigma_init=dict(name="const_initializer", val=0)))))
-        theirs = builder.ModelBuilder().load(params).build(dict(actions_num=2, input_shape=(5,), num_seqs=1, value_size=1, normalize_value=True, normalize_input=True))
+        theirs = builder.ModelBuilder().load(rl_games_params(units=(16, 8), separate=separate)).build(
+            dict(actions_num=2, input_shape=(5,), num_seqs=1, value_size=1, normalize_value=True, normalize_input=True))
         ours = train_ppo.ActorCritic(5, 2, (16, 8), separate=separate)
         assert [(n, p.shape) for n, p in ours.named_parameters()] == [(n, p.shape) for n, p in theirs.named_parameters()]
         assert {n: (p.shape, p.dtype) for n, p in ours.state_dict().items()} == {n: (p.shape, p.dtype) for n, p in theirs.state_dict().items()}
@@ -1073,7 +1230,7 @@ BAD = [
     (["--checkpoint", "flipped.pth"], "flipped.pth is damaged"),
     (["--checkpoint", "empty.pth"], "empty.pth is truncated or not a checkpoint"),
     (["--checkpoint", "text.pth"], "text.pth is truncated or not a checkpoint"),
-    (["--checkpoint", "other.pth"], "other.pth is not a checkpoint of train_ppo.py: it lacks model"),
+    (["--checkpoint", "other.pth"], "other.pth is not a checkpoint of train_ppo.py or of rl_games' PPO: it lacks model"),
     (["--checkpoint", "code.pth"], "code.pth is not a checkpoint of plain tensors and numbers (it asks to run code): refused"),
     (["--checkpoint", "newer.pth"], "written by a newer train_ppo.py"),
     (["--checkpoint", "runs/r", "--env-id", "bad_envs:good", "--max-epochs", "9"], "for 4 observations and 1 actions, but the env has 2 and 2"),

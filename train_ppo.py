@@ -1,10 +1,11 @@
-"""PPO for Isaac Gym in one file: train, log, checkpoint, continue, play.
+"""PPO for Isaac Gym in one file: train, log, checkpoint, continue, play, export.
 
     python train_ppo.py                                             train the built-in Cartpole (seconds, any machine)
     python train_ppo.py --env-id Ant --track                        an IsaacGymEnvs task, metrics to Weights & Biases too
     python train_ppo.py --env-id my_module:make_env                 your own batched environment
     python train_ppo.py --checkpoint runs/NAME                      continue a run where it stopped
     python train_ppo.py --play --checkpoint runs/NAME/nn/best.pth   evaluate a policy
+    python train_ppo.py --export DIR --checkpoint runs/NAME         a policy as ONNX and TorchScript, for a robot
     python train_ppo.py --help                                      every argument
 
 Read it top to bottom. To find a thing, search for its section:
@@ -14,13 +15,14 @@ Read it top to bottom. To find a thing, search for its section:
     3  NETWORKS       RunningMeanStd, ActorCritic
     4  METRICS        WindowMeter, EpisodeMeter, Writer (TensorBoard)
     5  OBSERVERS      AlgoObserver, RLGPUAlgoObserver, WandbAlgoObserver (how a metric reaches W&B), MultiObserver
-    6  CHECKPOINTS    save_checkpoint, load_checkpoint, newest_checkpoint
+    6  CHECKPOINTS    save_checkpoint, load_checkpoint, from_rl_games, newest_checkpoint
     7  PPO            gae, ppo_loss, PPOAgent: rollout, update, train; save_checkpoints (where best.pth is written)
-    8  PLAY           play
+    8  PLAY, EXPORT   play, export_policy
     9  RUNNER         run folder, stop signals, Runner, parse_args, main
 
 Shapes: T = num_steps, E = num_envs, N = T * E, O = num_obs, A = num_acts.
 """
+import codecs
 import contextlib
 import importlib
 import importlib.util
@@ -33,6 +35,7 @@ import platform
 import random
 import re
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -42,6 +45,7 @@ import time
 import traceback
 import urllib.request
 import uuid
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Dict, List, Literal, NamedTuple, Optional, Tuple
@@ -107,7 +111,7 @@ class Args:
     # the run
     experiment: str = ""  # the run's folder, made unique; empty: <env_id>_<date>_<time>
     train_dir: str = "runs"  # folder of all runs
-    checkpoint: str = ""  # file or run folder to continue, or with --play to evaluate
+    checkpoint: str = ""  # file (rl_games' too) or run folder to continue, or to --play or --export
     init_from: str = ""  # file or run folder: a new run that starts from these weights and normalisers
     max_epochs: int = 100  # an epoch is one rollout and its update; counted over all continuations
     save_frequency: int = 25  # epochs between the periodic checkpoints nn/epoch_<N>.pth; 0: none
@@ -118,10 +122,11 @@ class Args:
 
     strict_observers: bool = False  # an observer that raises ends training instead of being dropped: for writing one
 
-    # play
+    # play and export
     play: bool = False  # evaluate --checkpoint instead of training; writes nothing
     games: int = 0  # with --play: episodes in all, rounded up to the same number for each env; 0: one an env
     stochastic: bool = False  # with --play: sample actions as in training instead of taking the mean action
+    export: str = ""  # a new folder for the policy of --checkpoint as policy.onnx, policy.pt (TorchScript) and policy.json
 
     # Weights & Biases
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
@@ -191,7 +196,7 @@ RL_GAMES_NAMES = dict(
 #     reset()        -> {"obs": (E, O) float32}
 #     step(actions)  -> {"obs": (E, O)}, reward (E,), done (E,), infos; it resets finished envs by itself
 #     infos["time_outs"]  (E,) where the episode was cut by the clock; infos["episode"], any scalar: logged
-#     optional: max_episode_length, get_env_state(), set_env_state(state), set_train_info(frame, algo), close(),
+#     optional: max_episode_length, clip_obs (the range of its observations, for export), get_env_state(), set_env_state(state), set_train_info(frame, algo), close(),
 #               exact_state = True: get_env_state() holds the whole simulation, so a run can continue to the last bit
 #               next_step_autoreset = True: the step after a done ignores its action and resets; the update leaves it out
 # ======================================================================================================================
@@ -207,7 +212,7 @@ class Cartpole:
     Nothing depends on a value on the device (torch.where instead of indexing), so a step never waits for a GPU.
     """
 
-    num_obs, num_acts, max_episode_length = 4, 1, 500
+    num_obs, num_acts, max_episode_length, clip_obs = 4, 1, 500, 5.0
     exact_state = next_step_autoreset = True
 
     def __init__(self, num_envs: int, device: torch.device):
@@ -218,7 +223,7 @@ class Cartpole:
         self.reset_scale = torch.tensor([[0.2], [0.5], [0.2], [0.5]], device=device)
 
     def reset(self) -> Dict[str, Tensor]:
-        return {"obs": self.state.t().clamp(-5.0, 5.0)}
+        return {"obs": self.state.t().clamp(-self.clip_obs, self.clip_obs)}
 
     def step(self, actions: Tensor):
         force = 400.0 * actions[:, 0].clamp(-1.0, 1.0)
@@ -509,14 +514,14 @@ class ActorCritic(nn.Module):
         return self.denorm_value(self(self.norm_obs(obs))[2])
 
 
-def make_model(args: Args, env, state: Optional[Dict[str, Any]] = None) -> ActorCritic:
-    """The network that `args` describe for `env`; with a checkpoint's `state` its weights and normalisers, strictly."""
-    model = ActorCritic(env.num_obs, env.num_acts, args.units, args.activation, args.separate, args.sigma_init, args.normalize_input,
+def make_model(args: Args, num_obs: int, num_acts: int, state: Optional[Dict[str, Any]] = None) -> ActorCritic:
+    """The network that `args` describe; with a checkpoint's `state` its weights and normalisers, strictly."""
+    model = ActorCritic(num_obs, num_acts, args.units, args.activation, args.separate, args.sigma_init, args.normalize_input,
                         args.normalize_value)
     if state is not None:
-        if (state["num_obs"], state["num_acts"]) != (env.num_obs, env.num_acts):
+        if (state["num_obs"], state["num_acts"]) != (num_obs, num_acts):
             raise UserError(f"the checkpoint is for {state['num_obs']} observations and {state['num_acts']} actions, "
-                            f"but the env has {env.num_obs} and {env.num_acts}")
+                            f"but the env has {num_obs} and {num_acts}: check --env-id")
         try:
             model.load_state_dict(state["model"])
         except RuntimeError as exc:
@@ -908,6 +913,7 @@ def load_checkpoint(path: str) -> Dict[str, Any]:
             if bad:
                 raise UserError(f"{path} is damaged: {bad} does not match its checksum")
             file.seek(0)
+            allow_numpy_scalars()
             state = torch.load(file, map_location="cpu", weights_only=True)
     except UserError:
         raise
@@ -917,12 +923,56 @@ def load_checkpoint(path: str) -> Dict[str, Any]:
         raise UserError(f"{path} is not a checkpoint of plain tensors and numbers (it asks to run code): refused")
     except Exception as exc:
         raise UserError(f"{path} is damaged or not a checkpoint: {(str(exc).splitlines() or [type(exc).__name__])[0]}")
-    missing = [key for key in ("model", "optimizer", "epoch", "frame", "args") if not isinstance(state, dict) or key not in state]
+    missing = [key for key in ("model", "optimizer", "epoch", "frame") if not isinstance(state, dict) or key not in state]
     if missing:
-        raise UserError(f"{path} is not a checkpoint of train_ppo.py: it lacks {', '.join(missing)}")
+        raise UserError(f"{path} is not a checkpoint of train_ppo.py or of rl_games' PPO: it lacks {', '.join(missing)}")
+    if "args" not in state:
+        return from_rl_games(state, path)
     if state.get("format_version", 0) > FORMAT_VERSION:
         raise UserError(f"{path} was written by a newer train_ppo.py (format {state['format_version']} > {FORMAT_VERSION}): update this file")
     return state
+
+
+def allow_numpy_scalars() -> None:
+    """rl_games keeps its best reward as a numpy number: let weights_only read those, by the names that numpy 1 and 2 give them."""
+
+    def renamed(module: str) -> Any:
+        def read(*args):
+            return scalar(*args)
+
+        read.__module__, read.__name__, read.__qualname__ = module, "scalar", "scalar"
+        return read
+
+    scalar = np.float32(0).__reduce__()[0]
+    torch.serialization.add_safe_globals([
+        renamed("numpy.core.multiarray"), renamed("numpy._core.multiarray"), codecs.encode, np.dtype,
+        *(type(np.dtype(name)) for name in ("float32", "float64", "int64"))])
+
+
+def from_rl_games(state: Dict[str, Any], path: str) -> Dict[str, Any]:
+    """A checkpoint of rl_games 1.x (a2c_continuous with continuous_a2c_logstd) as one of ours; layer sizes are read from its weights."""
+    model = {key.replace("_orig_mod.", "", 1): value for key, value in state["model"].items()}  # the prefix of torch.compile
+    try:
+        num_acts, num_obs = len(model["a2c_network.sigma"]), model["a2c_network.actor_mlp.0.weight"].shape[1]
+        units = [len(bias) for key, bias in model.items() if re.fullmatch(r"a2c_network\.actor_mlp\.\d+\.bias", key)]
+        sizes = dict(units=units, separate="a2c_network.critic_mlp.0.weight" in model,
+                     normalize_input="running_mean_std.count" in model, normalize_value="value_mean_std.count" in model)
+        known = ActorCritic(num_obs, num_acts, **sizes).state_dict()
+        odd = sorted(set(model) ^ set(known)) + sorted({"assymetric_vf_nets", "running_mean_std"} & set(state))
+    except (KeyError, AttributeError) as exc:
+        odd = [str(exc).strip("'")]
+    if odd:
+        raise UserError(f"{path} is of an rl_games network that this file does not have (it takes a2c_continuous with "
+                        f"continuous_a2c_logstd, an MLP and a fixed sigma): {', '.join(odd[:3])}")
+    best = float(state.get("last_mean_rewards", -math.inf))
+    return {
+        "model": model, "optimizer": state["optimizer"], "epoch": state["epoch"], "frame": state["frame"],
+        "last_mean_rewards": best if best > -1e8 else -math.inf, "env_state": state.get("env_state"),
+        "args": sizes, "num_obs": num_obs, "num_acts": num_acts, "lr": state["optimizer"]["param_groups"][0]["lr"],
+        # what it does not keep
+        "best_epoch": 0, "total_time": 0.0, "clip_obs": None, "obs": torch.zeros(0), "observers": {},
+        "finished": {"rows": torch.zeros(0, 3), "count": 0},
+    }
 
 
 def newest_checkpoint(run_dir: str, quiet: bool = False) -> Tuple[str, Dict[str, Any]]:
@@ -1067,7 +1117,7 @@ class PPOAgent:
         self.mean_rewards, self.last_mean_rewards, self.best_epoch = -math.inf, -math.inf, 0  # last_mean_rewards: the best so far
         self.stop_signal = 0  # set by Runner's signal handler: leave after this epoch
 
-        self.model = make_model(args, env).to(self.device)
+        self.model = make_model(args, env.num_obs, env.num_acts).to(self.device)
         self.lr = torch.tensor(args.learning_rate, device=self.device)
         # fused: one kernel, and it takes the learning rate as a tensor
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr, eps=1e-8, fused=True)
@@ -1312,12 +1362,13 @@ class PPOAgent:
     def get_full_state_weights(self) -> Dict[str, Any]:
         """Everything that the run is, copied, as plain tensors, numbers, strings, lists and dicts."""
         optimizer = self.optimizer.state_dict()
-        optimizer["param_groups"] = [{**group, "lr": float(self.lr)} for group in optimizer["param_groups"]]
+        optimizer["param_groups"] = [{**group, "lr": float(self.lr), "fused": None} for group in optimizer["param_groups"]]  # as rl_games has it
         env_state = self.env.get_env_state() if hasattr(self.env, "get_env_state") else None
         return plain({
             "model": dict(self.model.state_dict()), "optimizer": optimizer, "epoch": self.epoch_num, "frame": self.frame,
             "last_mean_rewards": self.last_mean_rewards, "env_state": env_state,  # rl_games' keys end here
             "format_version": FORMAT_VERSION, "args": asdict(self.args), "num_obs": self.env.num_obs, "num_acts": self.env.num_acts,
+            "clip_obs": float(getattr(self.env, "clip_obs", math.inf)),
             "lr": self.lr, "best_epoch": self.best_epoch, "total_time": self.total_time, "obs": self.obs,
             "dones": self.dones, "running": self.episodes.running, "finished": self.episodes.finished.state_dict(), "rng": get_rng_state(self.device),
             "wandb_run_id": self.config["wandb_run_id"], "observers": self.algo_observer.state_dict(),
@@ -1326,9 +1377,11 @@ class PPOAgent:
     def set_full_state_weights(self, state: Dict[str, Any]) -> bool:
         """Continue from `state`. True if exactly, False if the env had to start new episodes."""
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.args.learning_rate == state["args"]["learning_rate"]:  # else the user gave a new one: it wins
-            self.lr.copy_(state["lr"])
+        ours = {"lr": self.lr, "fused": True, "foreach": None, "capturable": False}  # how a step is computed, not what it computes
+        groups = [{**group, **ours} for group in state["optimizer"]["param_groups"]]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        if state["args"].get("learning_rate") in (None, self.args.learning_rate):  # else the user gave a new one: it wins
+            self.lr.fill_(float(state["lr"]))
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.epoch_num, self.frame, self.total_time = state["epoch"], state["frame"], state["total_time"]
@@ -1346,7 +1399,7 @@ class PPOAgent:
 
 
 # ======================================================================================================================
-# 8  PLAY
+# 8  PLAY, EXPORT
 # ======================================================================================================================
 
 
@@ -1357,7 +1410,7 @@ def play(args: Args, env, state: Dict[str, Any]) -> Dict[str, float]:
     A quota per env, because taking the first episodes to finish, from whichever env, would favour the short ones.
     """
     device = pick_device(args.device)
-    model = make_model(args, env, state).to(device)
+    model = make_model(args, env.num_obs, env.num_acts, state).to(device)
     quota = math.ceil((args.games or env.num_envs) / env.num_envs)
     returns = torch.zeros(quota + 1, env.num_envs, device=device)  # row: episode of that env; the last row takes what comes after
     lengths, episode = torch.zeros_like(returns), torch.zeros(env.num_envs, dtype=torch.long, device=device)
@@ -1377,6 +1430,80 @@ def play(args: Args, env, state: Dict[str, Any]) -> Dict[str, float]:
     log("reward mean {mean:.2f} std {std:.2f} min {min:.2f} max {max:.2f}, mean length {length:.1f}, {count} episodes".format(**result)
         + f" ({quota} from each of {env.num_envs} envs, {'sampled' if args.stochastic else 'deterministic'} actions)")
     return result
+
+
+class ExportedPolicy(nn.Module):
+    """What a robot runs: raw observations (n, O) -> deterministic actions (n, A), as in training with the env's own clipping of both."""
+
+    def __init__(self, model: ActorCritic, clip_obs: Optional[float], clip_actions: bool):
+        super().__init__()
+        self.model, self.clip_obs, self.clip_actions = model, clip_obs, clip_actions
+
+    def forward(self, obs: Tensor) -> Tensor:
+        if self.clip_obs is not None:
+            obs = obs.clamp(-self.clip_obs, self.clip_obs)
+        mu = self.model(self.model.norm_obs(obs))[0]
+        return mu.clamp(-1.0, 1.0) if self.clip_actions else mu
+
+
+def export_policy(args: Args, path: str, state: Dict[str, Any]) -> Dict[str, Any]:
+    """Write policy.onnx, policy.pt and policy.json, and run both files against the checkpoint: none stays if they differ from it.
+
+    TorchScript, though torch now advises torch.export: it is the one format that LibTorch 2.4 and 2.13 both load without a compiler.
+    """
+    if os.path.isdir(args.export) and os.listdir(args.export) or os.path.isfile(args.export):
+        raise UserError(f"--export {args.export} exists already: give a new folder")
+    model = make_model(args, state["num_obs"], state["num_acts"], state).eval()
+    clip_obs = state.get("clip_obs") if state.get("clip_obs") != math.inf else None
+    policy = ExportedPolicy(model, clip_obs, args.clip_actions)
+    torch.manual_seed(0)
+    obs = torch.randn(1000, state["num_obs"]) * 10.0 ** torch.randint(-3, 7, (1000, 1))
+    obs[0], obs[1], obs[2] = 0.0, 3e38, -3e38
+    with torch.no_grad():
+        expected = policy(obs)
+    temporary = f"{os.path.normpath(args.export)}.{os.getpid()}.tmp"
+    try:
+        os.makedirs(temporary)
+        files = {name: os.path.join(temporary, name) for name in ("policy.pt", "policy.onnx", "policy.json")}
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of both ways out being called legacy
+            torch.jit.trace(policy, obs[:2]).save(files["policy.pt"])
+            outputs = {"policy.pt": [torch.jit.load(files["policy.pt"])(x) for x in (obs, obs[:1])]}
+            try:
+                import onnx  # noqa: F401
+                import onnxruntime
+            except ImportError as exc:
+                warn(f"policy.onnx is not written, {exc.name} is missing: pip install onnx onnxruntime")
+            else:
+                torch.onnx.export(policy, (obs[:2],), files["policy.onnx"], input_names=["obs"], output_names=["action"], opset_version=17,
+                                  dynamic_axes={"obs": {0: "batch"}, "action": {0: "batch"}}, dynamo=False)
+                session = onnxruntime.InferenceSession(files["policy.onnx"], providers=["CPUExecutionProvider"])
+                outputs["policy.onnx"] = [torch.from_numpy(session.run(None, {"obs": x.numpy()})[0]) for x in (obs, obs[:1])]
+        differences = {name: max(float((y - expected[:len(y)]).abs().max()) for y in ys) for name, ys in outputs.items()}
+        if not all(difference <= 1e-5 for difference in differences.values()):
+            raise TrainingError(f"the exported policy differs from {path} by {differences}: nothing was written")
+        about = {
+            "format_version": 1, "env_id": args.env_id, "checkpoint": os.path.abspath(path), "epoch": state["epoch"],
+            "mean_reward": state["last_mean_rewards"] if math.isfinite(state["last_mean_rewards"]) else None,
+            "input": {"name": "obs", "dtype": "float32", "shape": f"(batch, {state['num_obs']})", "size": state["num_obs"], "clip": clip_obs,
+                      "meaning": "raw observations: clipping and normalisation are inside"},
+            "output": {"name": "action", "dtype": "float32", "shape": f"(batch, {state['num_acts']})", "size": state["num_acts"],
+                       "clip": 1.0 if args.clip_actions else None,
+                       "meaning": "normalised mean action: the task's own action scale is not applied"},
+            "largest_difference": differences,
+        }
+        with open(files["policy.json"], "w") as file:
+            json.dump(about, file, indent=2)
+        os.replace(temporary, args.export)
+    except OSError as exc:
+        raise UserError(f"--export {args.export} cannot be written: {exc.strerror or exc}")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if clip_obs is None:
+        log("no clipping of observations: the checkpoint does not say whether the env clips them (IsaacGymEnvs: clipObservations)")
+    log(f"exported {path}, epoch {state['epoch']}, to {args.export}: largest difference to it "
+        + ", ".join(f"{difference:.1e} ({name})" for name, difference in differences.items()) + f" on {len(obs)} observations")
+    return about
 
 
 # ======================================================================================================================
@@ -1449,9 +1576,11 @@ class Runner:
             torch.set_num_threads(args.torch_threads)
         if args.checkpoint and args.init_from:
             raise UserError("--checkpoint continues a run, --init-from starts a new one: give one of them")
-        if args.play and not args.checkpoint:
-            raise UserError("--play needs --checkpoint PATH (a .pth file or a run folder)")
+        if (args.play or args.export) and not args.checkpoint:
+            raise UserError(f"--{'play' if args.play else 'export'} needs --checkpoint PATH (a .pth file or a run folder)")
         path, state = find_checkpoint(args.checkpoint or args.init_from) if args.checkpoint or args.init_from else ("", None)
+        if args.export:
+            return export_policy(args, path, state)
         if state is not None and args.checkpoint and not args.play and state["epoch"] >= args.max_epochs:
             log(f"{args.checkpoint} is complete: {state['epoch']} of {args.max_epochs} epochs. To train longer give a larger --max-epochs")
             return {"epoch": state["epoch"], "best": state["last_mean_rewards"], "stop_signal": 0}
@@ -1467,12 +1596,12 @@ class Runner:
     def train(self, env, path: str, state: Optional[Dict[str, Any]]) -> Dict[str, Any]:
         args = self.args
         if state is not None:
-            make_model(args, env, state)  # if the weights do not fit, say so before anything is written
+            make_model(args, env.num_obs, env.num_acts, state)  # if the weights do not fit, say so before anything is written
             seed_everything(args.seed, args.torch_deterministic)
         # Only the newest file of a run folder goes on in that folder; from an older one, or under a new name, a new run branches
         # off, so that neither a better best.pth nor later epochs are ever overwritten.
         home = os.path.dirname(os.path.dirname(os.path.abspath(path)))
-        continues = bool(args.checkpoint) and args.experiment == state["args"]["experiment"] and os.path.exists(os.path.join(home, "config.json"))
+        continues = bool(args.checkpoint) and args.experiment == state["args"].get("experiment") and os.path.exists(os.path.join(home, "config.json"))
         is_newest = lambda: newest_checkpoint(home, quiet=True)[1]["epoch"] <= state["epoch"]  # noqa: E731
         continues = continues and (os.path.isdir(args.checkpoint) or is_newest())
         run_dir = os.path.relpath(home) if continues else make_run_dir(args)
@@ -1500,6 +1629,8 @@ class Runner:
             what = (f"{'continuing' if continues else 'branching off'} {path} at epoch {state['epoch']}, frame {state['frame']:,}, learning rate "
                     f"{float(agent.lr):.1e}, best {state['last_mean_rewards']:.2f}; "
                     + ("exactly where it stopped" if exact else "the env cannot be restored: it starts new episodes"))
+            if "rng" not in state:
+                what += "\nfrom rl_games: weights, normalisers, Adam and best reward are taken over; the window of episodes starts empty"
         elif state is not None:
             agent.model.load_state_dict(state["model"])
             what += f" from the weights of {path}"
@@ -1534,7 +1665,8 @@ class Runner:
 
     def report(self, agent: PPOAgent, run_dir: str) -> None:
         script = f"python {os.path.relpath(__file__)}"
-        best = os.path.join(run_dir, "nn", "best.pth" if agent.best_epoch else "last.pth")
+        best = os.path.join(run_dir, "nn", "best.pth")
+        best = best if os.path.exists(best) else os.path.join(run_dir, "nn", "last.pth")  # of an older run than this one
         why = signal.Signals(agent.stop_signal).name if agent.stop_signal else f"--max-epochs {agent.args.max_epochs} reached"
         log(f"\nstopped after epoch {agent.epoch_num} ({why}), mean reward {agent.mean_rewards:.2f} over the last {agent.games_to_track} episodes")
         if agent.best_epoch:
@@ -1550,23 +1682,21 @@ def parse_args(argv: Optional[List[str]] = None) -> Args:
     The flags are parsed twice: first to learn which checkpoint or task is meant, then over the values found there.
     """
     parse = lambda default: tyro.cli(Args, args=argv, default=default, description=__doc__.splitlines()[0])  # noqa: E731
-    args = first = parse(Args())
+    first, saved = parse(Args()), {}
     if first.checkpoint or first.init_from:
         _, state = find_checkpoint(first.checkpoint or first.init_from, quiet=True)  # the Runner says what was skipped
-        known = {f.name for f in fields(Args)}
+        # what a run was started for is not part of what it is
+        known = {f.name for f in fields(Args)} - {"checkpoint", "init_from", "play", "games", "stochastic", "export", "device"}
+        if first.init_from:
+            known = {"units", "activation", "separate", "normalize_input", "normalize_value"}
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in state["args"].items() if k in known}
-    if not first.checkpoint and uses_isaacgym(first):
+    settings = {}
+    if "env_id" not in saved and not first.export and uses_isaacgym(first):
         from omegaconf import OmegaConf
 
         cfg = compose_isaacgym_config(first)
         settings = settings_from_yaml(OmegaConf.to_container(cfg.train, resolve=True)["params"], first.env_id)
-        args = replace(Args(), **settings)
-    if first.checkpoint:
-        # what a run was started for is not part of what it is
-        args = Args(**{**saved, "checkpoint": "", "init_from": "", "play": False, "games": 0, "stochastic": False, "device": "auto"})
-    elif first.init_from:
-        network = ("units", "activation", "separate", "normalize_input", "normalize_value")
-        args = replace(args, **{k: saved[k] for k in network})
+    args = replace(Args(), **{**settings, **saved})
     return parse(args)
 
 
