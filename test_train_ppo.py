@@ -839,6 +839,87 @@ def test_parameters_have_rl_games_names_in_its_order(here):
         assert torch.allclose(result["mus"], mu, atol=1e-6) and torch.allclose(result["values"].squeeze(), ours.denorm_value(value), atol=1e-6)
 
 
+# ---------------------------------------------------------------------------------------------------------- export
+
+
+def exported(folder):
+    """{file: f(raw observations) -> actions} of an exported policy, run as a robot would: without train_ppo."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session, scripted = onnxruntime.InferenceSession(f"{folder}/policy.onnx"), torch.jit.load(f"{folder}/policy.pt")
+    return {"policy.onnx": lambda obs: torch.from_numpy(session.run(None, {"obs": obs.numpy()})[0]), "policy.pt": scripted}
+
+
+def random_checkpoint(path, num_obs=60, num_acts=8, units=(256, 128, 64), activation="elu", **sizes):
+    """An rl_games checkpoint of a policy whose weights and normaliser are random."""
+    model = train_ppo.ActorCritic(num_obs, num_acts, units, activation, **sizes)
+    model.running_mean_std.update(torch.randn(1000, num_obs) * torch.logspace(-2, 2, num_obs) + torch.linspace(-3, 3, num_obs))
+    state = dict(model=dict(model.state_dict()), optimizer=torch.optim.Adam(model.parameters()).state_dict(), epoch=3, frame=9, last_mean_rewards=np.float32(7.5))
+    torch.save(state, path)
+    return model
+
+
+def test_exported_policy_acts_as_in_play(small_run, here, capsys):
+    """Of our own checkpoint; the env's clipping of observations is in the file, so is the normalisation."""
+    pytest.importorskip("onnxruntime")
+    state = load_checkpoint(str(small_run / "runs/r/nn/last.pth"))
+    state["args"]["env_id"] = "gone:make_env"  # neither the env nor Isaac Gym is needed
+    torch.save(state, "last.pth")
+    out, _ = shell("--export", "out/policy", "--checkpoint", "last.pth", cwd=Path.cwd())
+    assert "exported last.pth, epoch 4, to out/policy: largest difference to it" in out and "(policy.onnx)" in out and out.count("\n") == 1
+    about = json.loads(Path("out/policy/policy.json").read_text())
+    assert (about["input"]["size"], about["input"]["clip"], about["output"]["size"], about["output"]["clip"]) == (4, 5.0, 1, 1.0)
+    assert (about["epoch"], about["env_id"]) == (4, "gone:make_env") and max(about["largest_difference"].values()) <= 1e-5
+    act = our_player("last.pth")
+    for n in (1, 7, 513):
+        obs = torch.randn(n, 4) * 10
+        for name, f in exported("out/policy").items():
+            assert f(obs).shape == (n, 1) and (f(obs) - act(obs.clamp(-5, 5))[0]).abs().max() <= 1e-5, name
+    snippet = next(s for s in snippets("python") if "onnxruntime" in s)
+    action = subprocess.run([sys.executable, "-c", snippet], cwd="out", stdout=subprocess.PIPE, universal_newlines=True, check=True).stdout
+    assert float(action.strip("[]\n")) == pytest.approx(float(act(torch.zeros(1, 4))[0]), abs=1e-5), "the README's lines for the robot"
+    assert sorted(os.listdir("out")) == ["policy"] and sorted(os.listdir("out/policy")) == ["policy.json", "policy.onnx", "policy.pt"]
+    _, err = shell("--export", "out/policy", "--checkpoint", "last.pth", cwd=Path.cwd(), code=2)
+    assert err == "error: --export out/policy exists already: give a new folder\n"
+
+
+@pytest.mark.parametrize("activation", train_ppo.ActorCritic.ACTIVATIONS)
+def test_exported_policy_of_an_rl_games_checkpoint(here, capsys, activation):
+    """Ant-sized, random weights, each activation; one of them with a value network of its own."""
+    pytest.importorskip("onnxruntime")
+    model = random_checkpoint("theirs.pth", activation=activation, separate=activation == "relu")
+    main(["--export", "out", "--checkpoint", "theirs.pth", "--activation", activation, "--no-clip-actions"])
+    out = capsys.readouterr().out
+    assert "no clipping of observations" in out and "epoch 3" in out
+    obs = torch.randn(1000, 60) * 10.0 ** torch.randint(-3, 5, (1000, 1))
+    for name, f in exported("out").items():
+        assert (f(obs) - model(model.norm_obs(obs))[0]).abs().max() <= 1e-5, name
+    about = json.loads(Path("out/policy.json").read_text())
+    assert about["mean_reward"] == 7.5 and about["input"]["clip"] is None and about["output"]["clip"] is None
+
+
+def test_export_without_onnx_still_writes_torchscript(here, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
+    random_checkpoint("theirs.pth", 3, 2, (8,))
+    main(["--export", "out", "--checkpoint", "theirs.pth"])
+    assert capsys.readouterr().err == "warning: policy.onnx is not written, onnxruntime is missing: pip install onnx onnxruntime\n"
+    assert sorted(os.listdir("out")) == ["policy.json", "policy.pt"]
+
+
+def test_export_that_differs_leaves_no_file(here, monkeypatch, capsys):
+    random_checkpoint("theirs.pth", 3, 2, (8,))
+    traced = torch.jit.trace
+
+    def wrong(policy, example):  # as if the export had lost the normaliser
+        policy.model.normalize_input = False
+        return traced(policy, example)
+
+    monkeypatch.setattr(torch.jit, "trace", wrong)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--export", "out", "--checkpoint", "theirs.pth"])
+    assert stopped.value.code == 1 and "error: the exported policy differs from theirs.pth by" in capsys.readouterr().err
+    assert sorted(os.listdir()) == ["theirs.pth"]
+
+
 # ---------------------------------------------------------------------------------------------------------- environments
 
 
@@ -1095,6 +1176,16 @@ def test_isaacgym_task_trains_with_its_own_settings(isaacgym):
     assert [v for _, v in scalars(isaacgym / "runs/r")["Episode/level"]] == [1, 2, 3, 4, 5, 6, 7, 8], "the curriculum goes on"
     out, _ = shell("--play", "--checkpoint", "runs/r", "--num-envs", "5", cwd=isaacgym)
     assert "mean length 30.0, 5 episodes" in out
+
+
+@pytest_hydra
+def test_rl_games_checkpoint_of_an_isaacgym_task_takes_the_yamls_settings(isaacgym):
+    """The file knows its layers, the yaml the rest."""
+    random_checkpoint(isaacgym / "theirs.pth", 3, 2, (16, 8))
+    out, _ = shell("--env-id", "Ant", "--checkpoint", "theirs.pth", "--experiment", "r", cwd=isaacgym)
+    args = load_checkpoint(str(isaacgym / "runs/r/nn/last.pth"))["args"]
+    assert "epoch 4/6" in out and "epoch 3/6" not in out and "best 7.50" in out
+    assert (args["units"], args["gamma"], args["num_envs"], args["env_id"], args["mixed_precision"]) == ([16, 8], 0.98, 64, "Ant", True)
 
 
 @pytest_hydra
