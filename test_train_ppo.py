@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -1564,6 +1565,99 @@ def test_two_processes_never_share_a_run(tmp_path):
         process.send_signal(signal.SIGTERM)
         process.communicate()
     assert sorted(os.listdir(tmp_path / "runs")) == ["r", "r_2"]
+
+
+# ---------------------------------------------------------------------------------------------------------- several processes
+
+
+def spying_env(num_envs, device, seed):
+    """Cartpole that notes, at the start of each epoch, seed, learning rate and weights of the process that it runs in; and makes trouble."""
+    env, trouble = Cartpole(num_envs, torch.device(device)), os.environ.get("TROUBLE", "")
+
+    def set_train_info(frame, algo):
+        weights = sum(value.double().abs().sum() for value in algo.model.state_dict().values())
+        with open(f"rank{train_ppo.RANK}.txt", "a") as file:
+            file.write(f"{algo.epoch_num} {seed} {frame} {float(algo.lr)} {float(weights)} {float(env.state.double().sum())}\n")
+        if algo.epoch_num == 4 and train_ppo.RANK == 1:
+            if trouble == "nan":
+                env.state[2, 3] = math.nan
+            elif trouble:
+                os.kill(os.getpid(), getattr(signal, trouble))
+
+    env.set_train_info = set_train_info
+    return env
+
+
+def processes(n, *arguments, trouble="", timeout=120):
+    """Start n processes as torchrun does; [(exit code, stdout, stderr), ...]."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, SCRIPT, "--env-id", "test_train_ppo:spying_env", "--num-envs", "16", "--save-frequency", "100", *arguments]
+    base = {**os.environ, "PYTHONPATH": str(HERE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n), "TROUBLE": trouble}
+    started = [subprocess.Popen(command, env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                universal_newlines=True) for rank in range(n)]
+    results = []
+    try:
+        for process in started:
+            out, err = process.communicate(timeout=timeout)
+            results.append((process.returncode, out, err))
+    finally:
+        for process in started:
+            process.kill()
+    return results
+
+
+def noted(rank):
+    rows = [[float(x) for x in line.split()] for line in Path(f"rank{rank}.txt").read_text().splitlines()]
+    Path(f"rank{rank}.txt").unlink()
+    return rows
+
+
+def test_processes_train_one_policy_and_continue_exactly(here):
+    """Same weights and learning rate in both after every epoch, envs of their own; a signal to one stops both; continued to the same bits."""
+    (code, out, err), (other_code, other_out, other_err) = processes(2, "--max-epochs", "7", "--experiment", "straight")
+    assert (code, other_code) == (0, 0), err + other_err
+    assert "2 processes x 16 envs" in out and "torchrun --nproc-per-node=2" in out and (other_out, other_err) == ("", ""), "rank 0 alone speaks"
+    first, second = noted(0), noted(1)
+    assert [row[0] for row in first] == [1, 2, 3, 4, 5, 6, 7] and first[-1][2] == 6 * 2 * 16 * 16, "frames of both"
+    assert [row[3:5] for row in first] == [row[3:5] for row in second], "learning rate and weights"
+    assert first[0][1] + 1 == second[0][1] and all(a[5] != b[5] for a, b in zip(first[1:], second[1:])), "envs and seeds of their own"
+    assert sorted(os.listdir("runs")) == ["straight"]
+
+    stopped = processes(2, "--max-epochs", "7", "--experiment", "stopped", trouble="SIGTERM")
+    assert [code for code, _, _ in stopped] == [143, 143] and load_checkpoint("runs/stopped/nn/last.pth")["epoch"] == 4
+    continued = processes(2, "--checkpoint", "runs/stopped")
+    assert "exactly where it stopped" in continued[0][1] and [code for code, _, _ in continued] == [0, 0]
+    assert same_state("runs/straight/nn/last.pth", "runs/stopped/nn/last.pth") == []
+    assert len(load_checkpoint("runs/stopped/nn/last.pth")["other_processes"]) == 1
+
+
+def test_continuing_with_another_number_of_processes(here):
+    processes(2, "--max-epochs", "2", "--experiment", "r")
+    for n, saved, epochs in ((1, 2, 4), (2, 1, 6)):
+        results = processes(n, "--checkpoint", "runs/r", "--max-epochs", str(epochs))
+        assert [code for code, _, _ in results] == [0] * n, results
+        assert f"number of processes: saved by {saved}, continued by {n}; one without a saved state starts new episodes" in results[0][1]
+    assert load_checkpoint("runs/r/nn/last.pth")["epoch"] == 6
+
+
+def test_a_process_that_dies_or_goes_bad_ends_the_others(here):
+    (code, _, err), (killed, _, _) = processes(2, "--max-epochs", "1000", "--experiment", "r", trouble="SIGKILL")
+    assert (code, killed) == (1, -9)
+    assert err == "error: another process of this run has ended, so this one (0) stops too; start all again with --checkpoint\n"
+    (code, _, err), (other_code, _, other_err) = processes(2, "--max-epochs", "1000", "--experiment", "bad", trouble="nan")
+    assert (code, other_code) == (1, 1) and "error: NaN or Inf in another process, which says more" in err
+    assert "error: NaN or Inf in rewards of 1 of 16 envs at step 1 of the rollout" in other_err
+    assert sorted(os.listdir("runs/bad")) == [".lock", "config.json", "nan_dump_1.pth", "nn", "summaries"] and os.listdir("runs/bad/nn") == []
+
+
+def test_torchrun_learns_like_one_process(here):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", SCRIPT, "--num-envs", "256", "--experiment", "r"],
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, timeout=200)
+    assert done.returncode == 0, done.stdout
+    rewards = dict(scalars("runs/r")["rewards/iter"])
+    assert rewards[100] > 475 and rewards[40] > 150, rewards[100]
 
 
 # ---------------------------------------------------------------------------------------------------------- the README

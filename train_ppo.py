@@ -6,6 +6,7 @@
     python train_ppo.py --checkpoint runs/NAME                      continue a run where it stopped
     python train_ppo.py --play --checkpoint runs/NAME/nn/best.pth   evaluate a policy
     python train_ppo.py --export DIR --checkpoint runs/NAME         a policy as ONNX and TorchScript, for a robot
+    torchrun --nproc-per-node=2 train_ppo.py                        on several GPUs; --num-envs is for each process
     python train_ppo.py --help                                      every argument
 
 Read it top to bottom. To find a thing, search for its section:
@@ -64,6 +65,7 @@ if importlib.util.find_spec("isaacgym") is not None:
         ISAACGYM_ERROR = f"importing it failed: {exc}"
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 import tyro  # noqa: E402
 from tensorboard.compat.proto.event_pb2 import Event  # noqa: E402
 from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: E402
@@ -80,14 +82,36 @@ class TrainingError(Exception):
     """Training cannot go on, or its result is not on disk: `main` prints it as one line and exits with 1."""
 
 
+# torchrun starts WORLD_SIZE processes that train one policy on envs of their own; the one of rank 0 alone prints, logs and saves
+RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+
 def log(message: str) -> None:
     """Print a line without tearing the live progress line."""
-    tqdm.write(message)
-    sys.stdout.flush()
+    if RANK == 0:
+        tqdm.write(message)
+        sys.stdout.flush()
 
 
 def warn(message: str) -> None:
-    tqdm.write(f"warning: {message}", file=sys.stderr)
+    if RANK == 0:
+        tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def together(collective: Any, *args, **kwargs) -> None:
+    """Call something that every process takes part in; if another one has gone, say so instead of a backend's error."""
+    try:
+        collective(*args, **kwargs)
+    except RuntimeError as exc:
+        raise TrainingError(f"another process of this run has ended, so this one ({RANK}) stops too; start all again with --checkpoint") from exc
+
+
+def average(x: Tensor) -> Tensor:
+    """The mean of x over all processes, in place; x itself if there is one process."""
+    if WORLD_SIZE > 1:
+        together(dist.all_reduce, x)
+        x /= WORLD_SIZE
+    return x
 
 
 # ======================================================================================================================
@@ -408,9 +432,9 @@ def make_env(args: Args):
 
 def pick_device(name: str) -> torch.device:
     if name == "auto":
-        name = "cuda:0" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device("cuda:0" if name == "cuda" else name)
+        device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
     except RuntimeError:
         raise UserError(f"--device {name} is not a torch device: use cpu, cuda or cuda:<number>")
     if device.type == "cuda" and (not torch.cuda.is_available() or device.index >= torch.cuda.device_count()):
@@ -436,8 +460,10 @@ class RunningMeanStd(nn.Module):
 
     def update(self, x: Tensor) -> None:
         """Merge a batch x (n, size) by its moments (Chan et al. 1979: parallel variance)."""
-        n = x.shape[0]
-        var, mean = torch.var_mean(x, dim=0, unbiased=False)
+        n = x.shape[0] * WORLD_SIZE
+        var, own_mean = torch.var_mean(x, dim=0, unbiased=False)
+        mean = average(own_mean.clone())
+        var = average(var + (own_mean - mean).square())
         total = self.count + n
         delta = mean - self.running_mean
         m2 = self.running_var * self.count + var * n + delta.square() * self.count * n / total
@@ -1116,8 +1142,11 @@ class PPOAgent:
         self.epoch_num, self.frame, self.total_time = 0, 0, 0.0
         self.mean_rewards, self.last_mean_rewards, self.best_epoch = -math.inf, -math.inf, 0  # last_mean_rewards: the best so far
         self.stop_signal = 0  # set by Runner's signal handler: leave after this epoch
+        self.full_window = False  # whether mean_rewards is over as many episodes as it should be
 
         self.model = make_model(args, env.num_obs, env.num_acts).to(self.device)
+        for tensor in self.model.state_dict().values() if WORLD_SIZE > 1 else ():
+            together(dist.broadcast, tensor, 0)  # each process has a seed of its own
         self.lr = torch.tensor(args.learning_rate, device=self.device)
         # fused: one kernel, and it takes the learning rate as a tensor
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr, eps=1e-8, fused=True)
@@ -1195,9 +1224,9 @@ class PPOAgent:
                 model.value_mean_std.update(returns.unsqueeze(1))
             returns, advantages, weight = model.norm_value(returns), flat(advantages), flat(weight)
             if args.norm_adv:
-                mean = advantages.sum() / weight.sum()
-                std = (weight * (advantages - mean)).norm() / weight.sum().sqrt()
-                advantages = weight * (advantages - mean) / (std + 1e-8)
+                total, n = average(torch.stack((advantages.sum(), weight.sum())))
+                advantages = weight * (advantages - total / n)
+                advantages /= (average(advantages.square().sum()) / n).sqrt() + 1e-8
             batch = Batch(model.norm_obs(obs), flat(buffer["actions"]), flat(buffer["logprobs"]), advantages, values, returns)
             old_mu, old_logstd = flat(buffer["mus"]), model.a2c_network.sigma.detach().clone()
             minibatches = [slice(i, i + self.minibatch_size) for i in range(0, len(obs), self.minibatch_size)]
@@ -1212,13 +1241,17 @@ class PPOAgent:
                     loss, mu, logstd, losses = ppo_loss(model, Batch(*(x[rows] for x in batch)), args)
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                if args.max_grad_norm > 0:
-                    nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                self.optimizer.step()
-
                 # How far from the policy that acted; that is what the clipped ratio trusts. (rl_games: since the last pass over these
                 # rows, which lets the learning rate run up to its limit, and Cartpole falls back now and then after it is solved.)
                 kl = policy_kl(mu, logstd, old_mu[rows], old_logstd)
+                if WORLD_SIZE > 1:  # the processes' mean gradient and KL divergence, in one message
+                    gradients = [p.grad for p in model.parameters()]
+                    message = average(torch.cat([kl.view(1), *(g.flatten() for g in gradients)]))
+                    kl = message[0]
+                    nn.utils.vector_to_parameters(message[1:], gradients)
+                if args.max_grad_norm > 0:
+                    nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                self.optimizer.step()
                 epoch_kl += kl / len(minibatches)
                 figures += torch.cat((losses, kl.view(1)))
                 if args.lr_schedule == "adaptive" and args.schedule_type == "legacy":
@@ -1228,28 +1261,35 @@ class PPOAgent:
 
         figures /= args.update_epochs * len(minibatches)
         # the epoch's only transfer from the device
-        finished = self.episodes.finished
-        means = finished.rows.mean(0) if finished.count else torch.zeros(3, device=self.device)
         weights = torch.stack([p.detach().sum() for p in model.parameters()]).sum()  # NaN or Inf if any of them is
-        extra = torch.stack((self.lr, explained_variance, weights, longest))
+        window = self.episodes.finished.rows
+        finished = torch.full((1,), float(len(window)), device=self.device)
+        means = average(torch.cat((figures, torch.stack((self.lr, explained_variance, weights, longest)), window.sum(0), finished)))
         names = ("a_loss", "c_loss", "entropy", "bounds_loss", "clipfrac", "kl", "lr", "explained_variance", "weights", "longest",
-                 "reward", "shaped_reward", "length")
-        figures = dict(zip(names, torch.cat((figures, extra, means)).tolist()))
+                 "reward", "shaped_reward", "length", "finished")
+        figures = dict(zip(names, means.tolist()))
         self.check_update(figures)
-        figures["finished"] = finished.count
+        for name in ("reward", "shaped_reward", "length"):
+            figures[name] /= max(figures["finished"], 1.0)
+        if figures["finished"]:
+            self.mean_rewards, self.full_window = figures["reward"], figures["finished"] == args.games_to_track
         return figures
 
     def check_rollout(self) -> None:
         """A batch with NaN or Inf in it never reaches the weights, nor a checkpoint: name what went bad first, and stop."""
         named = {"observations": "obs", "mean actions": "mus", "actions": "actions", "values": "values", "rewards": "rewards"}
-        if torch.stack([self.buffer[name].sum() for name in named.values()]).isfinite().all():  # the epoch's other wait for the device
+        good = torch.stack([self.buffer[name].sum() for name in named.values()]).isfinite().all()
+        if average(good.float()) == 1.0:  # the epoch's other wait for the device
             return
         bad = torch.stack([~self.buffer[name].isfinite().flatten(2).all(-1) if self.buffer[name].dim() > 2 else ~self.buffer[name].isfinite()
                            for name in named.values()])  # (5, T, E)
-        if bad.any():  # else only the sum was too large
-            step = int(bad.any(0).any(1).nonzero()[0])
-            what = int(bad[:, step].any(1).nonzero()[0])
-            self.stop_for_bad_numbers(f"{list(named)[what]} of {int(bad[what, step].sum())} of {self.env.num_envs} envs at step {step + 1} of the rollout")
+        if average(bad.any().float()) == 0.0:
+            return  # only a sum was too large
+        if not bad.any():
+            raise TrainingError(f"NaN or Inf in another process, which says more: process {RANK} stopped too, epoch {self.epoch_num}")
+        step = int(bad.any(0).any(1).nonzero()[0])
+        what = int(bad[:, step].any(1).nonzero()[0])
+        self.stop_for_bad_numbers(f"{list(named)[what]} of {int(bad[what, step].sum())} of {self.env.num_envs} envs at step {step + 1} of the rollout")
 
     def check_update(self, figures: Dict[str, float]) -> None:
         for name, what in (("a_loss", "the policy loss"), ("c_loss", "the value loss"), ("bounds_loss", "the bounds loss"),
@@ -1258,16 +1298,17 @@ class PPOAgent:
                 self.stop_for_bad_numbers(what)
 
     def stop_for_bad_numbers(self, what: str) -> None:
-        path = os.path.join(self.config["run_dir"], "nan_dump.pth")
-        self.save(path, {**self.get_full_state_weights(), "buffer": dict(self.buffer), "what": what})
+        path = os.path.join(self.config["run_dir"], f"nan_dump{f'_{RANK}' if RANK else ''}.pth")
+        with contextlib.suppress(OSError):
+            save_checkpoint(plain({**self.get_own_state(), "model": self.model.state_dict(), "buffer": self.buffer, "what": what}), path)
         raise TrainingError(f"NaN or Inf in {what}, epoch {self.epoch_num}: stopped; nothing of this epoch was saved but {path}, to look into")
 
     def train(self) -> None:
         """The loop: until max_epochs or a stop signal. Everything that is logged or saved happens at the end of an epoch."""
-        args, first, began = self.args, self.epoch_num, time.perf_counter()
+        args, first, began, stop_signal = self.args, self.epoch_num, time.perf_counter(), 0
         # a live line on a terminal; in a pipe or a file (disable=None) plain lines
         bar = tqdm(total=args.max_epochs, disable=None, file=sys.stdout, dynamic_ncols=True, bar_format="{desc}")
-        while self.epoch_num < args.max_epochs and not self.stop_signal:
+        while self.epoch_num < args.max_epochs and not stop_signal:
             self.epoch_num += 1
             start = time.perf_counter()
             if hasattr(self.env, "set_train_info"):
@@ -1278,25 +1319,37 @@ class PPOAgent:
             figures = self.update()
             epoch_time = time.perf_counter() - start
             self.total_time += epoch_time
-            self.frame += args.num_steps * self.env.num_envs
+            self.frame += args.num_steps * self.env.num_envs * WORLD_SIZE
 
-            self.write_stats(figures, step_time, play_time, epoch_time)
-            self.save_checkpoints()
-            left = (time.perf_counter() - began) / (self.epoch_num - first) * (args.max_epochs - self.epoch_num)
-            line = self.epoch_line(figures, left, (step_time, play_time, epoch_time))
-            print(line, flush=True) if bar.disable else bar.set_description_str(line)
+            stop_signal, overdue = self.agree(self.stop_signal, bool(args.save_every_minutes) and time.monotonic() - self.last_save > 60 * args.save_every_minutes)
+            if RANK == 0:
+                self.write_stats(figures, step_time, play_time, epoch_time)
+            self.save_checkpoints(bool(overdue))
+            if RANK == 0:
+                left = (time.perf_counter() - began) / (self.epoch_num - first) * (args.max_epochs - self.epoch_num)
+                line = self.epoch_line(figures, left, (step_time, play_time, epoch_time))
+                print(line, flush=True) if bar.disable else bar.set_description_str(line)
         bar.close()
+        self.stop_signal = stop_signal
+
+    def agree(self, *numbers: int) -> List[int]:
+        """The largest of each over all processes: what one wants - to stop, to save - all do after the same epoch."""
+        if WORLD_SIZE == 1:
+            return list(numbers)
+        agreed = torch.tensor(numbers, device=self.device)
+        together(dist.all_reduce, agreed, dist.ReduceOp.MAX)
+        return agreed.tolist()
 
     def epoch_line(self, figures: Dict[str, float], left: float, times: Tuple[float, ...]) -> str:
         """One epoch for the console, the most important first: a narrow terminal cuts off the rest."""
-        fps = "/".join(f"{self.args.num_steps * self.env.num_envs / max(t, 1e-9) / 1000:.0f}k" for t in times)
+        fps = "/".join(f"{self.args.num_steps * self.env.num_envs * WORLD_SIZE / max(t, 1e-9) / 1000:.0f}k" for t in times)
         episodes = f"reward {figures['reward']:.2f} length {figures['length']:.1f}" if figures["finished"] else "no episode finished yet"
         return (f"epoch {self.epoch_num}/{self.args.max_epochs} left {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d} "
                 f"{episodes} lr {figures['lr']:.1e} fps {fps} frames {self.frame:,}")
 
     def write_stats(self, figures: Dict[str, float], step_time: float, play_time: float, epoch_time: float) -> None:
         """Give the epoch's metrics, by rl_games' names, to the writer, and then the observers their turn."""
-        write, frame, frames = self.writer.add_scalar, self.frame, self.args.num_steps * self.env.num_envs
+        write, frame, frames = self.writer.add_scalar, self.frame, self.args.num_steps * self.env.num_envs * WORLD_SIZE
         for name, value in dict(
             step_inference_rl_update_fps=frames / epoch_time, step_inference_fps=frames / play_time, step_fps=frames / max(step_time, 1e-9),
             rl_update_time=epoch_time - play_time, step_inference_time=play_time, step_time=step_time).items():
@@ -1306,7 +1359,6 @@ class PPOAgent:
         for name, value in dict(last_lr=figures["lr"], lr_mul=1.0, e_clip=self.args.clip_coef, kl=figures["kl"], epochs=self.epoch_num).items():
             write("info/" + name, value, frame)
         if figures["finished"]:
-            self.mean_rewards = figures["reward"]
             for tag, name in (("rewards", "reward"), ("shaped_rewards", "shaped_reward"), ("episode_lengths", "length")):
                 for axis, step in (("step", frame), ("iter", self.epoch_num), ("time", self.total_time)):
                     write(f"{tag}/{axis}", figures[name], step)
@@ -1317,22 +1369,20 @@ class PPOAgent:
         self.algo_observer.after_print_stats(frame, self.epoch_num, self.total_time)
         self.writer.end_epoch()
 
-    def save_checkpoints(self) -> None:
+    def save_checkpoints(self, overdue: bool) -> None:
         """best.pth at each new best mean reward over a full window, epoch_<N>.pth every save_frequency epochs."""
-        args, folder, now = self.args, os.path.join(self.config["run_dir"], "nn"), time.monotonic()
-        full_window = len(self.episodes.finished.rows) == args.games_to_track
-        if full_window and self.epoch_num >= args.save_best_after and self.mean_rewards > self.last_mean_rewards:
+        args, folder = self.args, os.path.join(self.config["run_dir"], "nn")
+        if self.full_window and self.epoch_num >= args.save_best_after and self.mean_rewards > self.last_mean_rewards:
             self.last_mean_rewards, self.best_epoch = self.mean_rewards, self.epoch_num
             self.best_state = self.get_full_state_weights()
         periodic = bool(args.save_frequency) and self.epoch_num % args.save_frequency == 0
-        overdue = bool(args.save_every_minutes) and now - self.last_save > 60 * args.save_every_minutes
         # A run with epochs of milliseconds may find a new best in each: it waits in memory, at most two seconds, and always goes to
         # disk before a file that knows of it.
-        if periodic or overdue or now - self.last_best_save > 2.0:
+        if periodic or overdue or time.monotonic() - self.last_best_save > 2.0:
             self.save_best()
         if periodic:
             self.save(os.path.join(folder, f"epoch_{self.epoch_num}.pth"))
-            if args.keep_last:
+            if args.keep_last and RANK == 0:
                 saved = sorted(int(name[6:-4]) for name in os.listdir(folder) if re.fullmatch(r"epoch_\d+\.pth", name))
                 for epoch in saved[:-args.keep_last]:
                     with contextlib.suppress(OSError):
@@ -1345,11 +1395,14 @@ class PPOAgent:
             self.best_state, self.last_best_save = None, time.monotonic()
 
     def save(self, path: str, state: Optional[Dict[str, Any]] = None, final: bool = False) -> bool:
-        """Save, or say why not: while training goes on there is a next time, at the end there is none."""
+        """Save, or say why not: while training goes on there is a next time, at the end there is none. For all processes to call."""
+        state = state or self.get_full_state_weights()
+        if RANK != 0:
+            return True
         with contextlib.suppress(Exception):  # a writer that fails is reported where it writes
             self.writer.flush()  # the curve on disk is never behind the checkpoint
         try:
-            save_checkpoint(state or self.get_full_state_weights(), path)
+            save_checkpoint(state, path)
             self.last_save, self.warned_save = time.monotonic(), False
         except OSError as exc:
             if final:
@@ -1359,23 +1412,35 @@ class PPOAgent:
             self.warned_save = True
         return not self.warned_save
 
+    def get_own_state(self) -> Dict[str, Any]:
+        """The part of the state that each process has for itself."""
+        return {
+            "env_state": self.env.get_env_state() if hasattr(self.env, "get_env_state") else None, "obs": self.obs, "dones": self.dones,
+            "running": self.episodes.running, "finished": self.episodes.finished.state_dict(), "rng": get_rng_state(self.device),
+        }
+
     def get_full_state_weights(self) -> Dict[str, Any]:
-        """Everything that the run is, copied, as plain tensors, numbers, strings, lists and dicts."""
+        """Everything that the run is, copied, as plain tensors, numbers, strings, lists and dicts. For all processes to call."""
+        own = plain(self.get_own_state())
+        everyones: List[Any] = [own] * WORLD_SIZE
+        if WORLD_SIZE > 1:
+            together(dist.gather_object, own, everyones if RANK == 0 else None)
         optimizer = self.optimizer.state_dict()
         optimizer["param_groups"] = [{**group, "lr": float(self.lr), "fused": None} for group in optimizer["param_groups"]]  # as rl_games has it
-        env_state = self.env.get_env_state() if hasattr(self.env, "get_env_state") else None
         return plain({
             "model": dict(self.model.state_dict()), "optimizer": optimizer, "epoch": self.epoch_num, "frame": self.frame,
-            "last_mean_rewards": self.last_mean_rewards, "env_state": env_state,  # rl_games' keys end here
+            "last_mean_rewards": self.last_mean_rewards, **own,  # rl_games' keys are these and env_state
             "format_version": FORMAT_VERSION, "args": asdict(self.args), "num_obs": self.env.num_obs, "num_acts": self.env.num_acts,
-            "clip_obs": float(getattr(self.env, "clip_obs", math.inf)),
-            "lr": self.lr, "best_epoch": self.best_epoch, "total_time": self.total_time, "obs": self.obs,
-            "dones": self.dones, "running": self.episodes.running, "finished": self.episodes.finished.state_dict(), "rng": get_rng_state(self.device),
-            "wandb_run_id": self.config["wandb_run_id"], "observers": self.algo_observer.state_dict(),
+            "clip_obs": float(getattr(self.env, "clip_obs", math.inf)), "lr": self.lr, "best_epoch": self.best_epoch,
+            "total_time": self.total_time, "wandb_run_id": self.config["wandb_run_id"], "observers": self.algo_observer.state_dict(),
+            "other_processes": everyones[1:],
         })
 
     def set_full_state_weights(self, state: Dict[str, Any]) -> bool:
         """Continue from `state`. True if exactly, False if the env had to start new episodes."""
+        others = state.get("other_processes", [])
+        if RANK > 0:  # a process that is new starts new episodes
+            state = {**state, **(others[RANK - 1] if RANK <= len(others) else {"obs": torch.zeros(0), "finished": {"rows": torch.zeros(0, 3), "count": 0}})}
         self.model.load_state_dict(state["model"])
         ours = {"lr": self.lr, "fused": True, "foreach": None, "capturable": False}  # how a step is computed, not what it computes
         groups = [{**group, **ours} for group in state["optimizer"]["param_groups"]]
@@ -1395,7 +1460,9 @@ class PPOAgent:
             self.obs, self.dones = state["obs"].to(self.device), state["dones"].to(self.device)
             self.episodes.running.copy_(state["running"])
             set_rng_state(state["rng"], self.device)
-        return exact
+        if len(others) + 1 != WORLD_SIZE:
+            log(f"number of processes: saved by {len(others) + 1}, continued by {WORLD_SIZE}; one without a saved state starts new episodes")
+        return exact and len(others) + 1 == WORLD_SIZE
 
 
 # ======================================================================================================================
@@ -1576,6 +1643,8 @@ class Runner:
             torch.set_num_threads(args.torch_threads)
         if args.checkpoint and args.init_from:
             raise UserError("--checkpoint continues a run, --init-from starts a new one: give one of them")
+        if (args.play or args.export) and WORLD_SIZE > 1:
+            raise UserError("--play and --export run in one process: start them without torchrun")
         if (args.play or args.export) and not args.checkpoint:
             raise UserError(f"--{'play' if args.play else 'export'} needs --checkpoint PATH (a .pth file or a run folder)")
         path, state = find_checkpoint(args.checkpoint or args.init_from) if args.checkpoint or args.init_from else ("", None)
@@ -1584,44 +1653,58 @@ class Runner:
         if state is not None and args.checkpoint and not args.play and state["epoch"] >= args.max_epochs:
             log(f"{args.checkpoint} is complete: {state['epoch']} of {args.max_epochs} epochs. To train longer give a larger --max-epochs")
             return {"epoch": state["epoch"], "best": state["last_mean_rewards"], "stop_signal": 0}
-        seed_everything(args.seed, args.torch_deterministic)
-        env = make_env(args)
-        seed_everything(args.seed, args.torch_deterministic)  # making an env may draw any number of random numbers
+        if WORLD_SIZE > 1:
+            device = pick_device(args.device)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            together(dist.init_process_group, "nccl" if device.type == "cuda" else "gloo")
+            if RANK > 0:
+                self.algo_observer = MultiObserver([])
+        seed_everything(args.seed + RANK, args.torch_deterministic)
+        env = make_env(replace(args, seed=args.seed + RANK))
+        seed_everything(args.seed + RANK, args.torch_deterministic)  # making an env may draw any number of random numbers
         try:
             return play(args, env, state) if args.play else self.train(env, path, state)
         finally:
             if hasattr(env, "close"):
                 env.close()
+            if WORLD_SIZE > 1:
+                dist.destroy_process_group()
 
     def train(self, env, path: str, state: Optional[Dict[str, Any]]) -> Dict[str, Any]:
         args = self.args
         if state is not None:
             make_model(args, env.num_obs, env.num_acts, state)  # if the weights do not fit, say so before anything is written
-            seed_everything(args.seed, args.torch_deterministic)
+            seed_everything(args.seed + RANK, args.torch_deterministic)
         # Only the newest file of a run folder goes on in that folder; from an older one, or under a new name, a new run branches
         # off, so that neither a better best.pth nor later epochs are ever overwritten.
         home = os.path.dirname(os.path.dirname(os.path.abspath(path)))
         continues = bool(args.checkpoint) and args.experiment == state["args"].get("experiment") and os.path.exists(os.path.join(home, "config.json"))
         is_newest = lambda: newest_checkpoint(home, quiet=True)[1]["epoch"] <= state["epoch"]  # noqa: E731
         continues = continues and (os.path.isdir(args.checkpoint) or is_newest())
-        run_dir = os.path.relpath(home) if continues else make_run_dir(args)
-        lock = claim_run_dir(run_dir)
-        if continues and not is_newest():
-            raise UserError(f"{run_dir} was trained by another process until now: start again")
-        summaries = os.path.join(run_dir, "summaries")
         origin = {} if continues or state is None else {
             "branched_from" if args.checkpoint else "initialised_from": f"{path} (epoch {state['epoch']})"}
-        if continues:
-            Writer.rewind(summaries, state["epoch"])
-        else:
-            with open(os.path.join(run_dir, "config.json"), "w") as file:
-                json.dump(describe_run(args, run_dir, origin), file, indent=2)
+        run_dir, lock = "", None
+        if RANK == 0:
+            run_dir = os.path.relpath(home) if continues else make_run_dir(args)
+            lock = claim_run_dir(run_dir)
+            if continues and not is_newest():
+                raise UserError(f"{run_dir} was trained by another process until now: start again")
+            if continues:
+                Writer.rewind(os.path.join(run_dir, "summaries"), state["epoch"])
+            else:
+                with open(os.path.join(run_dir, "config.json"), "w") as file:
+                    json.dump(describe_run(args, run_dir, origin), file, indent=2)
+        if WORLD_SIZE > 1:
+            shared = [run_dir]
+            together(dist.broadcast_object_list, shared, 0)
+            run_dir = shared[0]
 
         run_id = os.environ.get("WANDB_RUN_ID") or (state["wandb_run_id"] if continues else uuid.uuid4().hex[:8])
         config = {**asdict(args), **{theirs: getattr(args, ours) for theirs, ours in RL_GAMES_NAMES.items()}, **origin,
                   "name": os.path.basename(run_dir), "run_dir": run_dir, "wandb_run_id": run_id}
         self.algo_observer.before_init("train_ppo", config, config["name"])
-        writer = Writer(summaries, purge_step=state["frame"] + 1 if continues else None)
+        writer = Writer(os.path.join(run_dir, "summaries"), purge_step=state["frame"] + 1 if continues else None) if RANK == 0 else None
         agent = PPOAgent(args, env, self.algo_observer, writer, config)
         what = f"training {args.env_id} on {agent.device}"
         if args.checkpoint:
@@ -1635,7 +1718,7 @@ class Runner:
             agent.model.load_state_dict(state["model"])
             what += f" from the weights of {path}"
         batch = args.num_envs * args.num_steps
-        log(f"{what}\n{args.num_envs} envs x {args.num_steps} steps, {args.update_epochs} passes of {batch // agent.minibatch_size} "
+        log(f"{what}\n{f'{WORLD_SIZE} processes x ' if WORLD_SIZE > 1 else ''}{args.num_envs} envs x {args.num_steps} steps, {args.update_epochs} passes of {batch // agent.minibatch_size} "
             f"minibatches of {agent.minibatch_size}; writing to {run_dir}")
 
         def stop(signum, _frame):
@@ -1658,7 +1741,7 @@ class Runner:
             self.algo_observer.close()
             with contextlib.suppress(Exception):
                 writer.close()
-            lock.close()
+            lock and lock.close()
         self.report(agent, run_dir)
         return {"run_dir": run_dir, "epoch": agent.epoch_num, "mean_reward": agent.mean_rewards, "best": agent.last_mean_rewards,
                 "stop_signal": agent.stop_signal}
@@ -1671,8 +1754,9 @@ class Runner:
         log(f"\nstopped after epoch {agent.epoch_num} ({why}), mean reward {agent.mean_rewards:.2f} over the last {agent.games_to_track} episodes")
         if agent.best_epoch:
             log(f"best      {agent.last_mean_rewards:.2f} at epoch {agent.best_epoch}")
+        again = script if WORLD_SIZE == 1 else script.replace("python", f"torchrun --nproc-per-node={WORLD_SIZE}", 1)
         more = "" if agent.epoch_num < agent.args.max_epochs else f" --max-epochs {2 * agent.args.max_epochs}"
-        log(f"files     {run_dir}\nplay      {script} --play --checkpoint {best}\ncontinue  {script} --checkpoint {run_dir}{more}\n"
+        log(f"files     {run_dir}\nplay      {script} --play --checkpoint {best}\ncontinue  {again} --checkpoint {run_dir}{more}\n"
             f"curves    tensorboard --logdir {os.path.join(run_dir, 'summaries')}")
 
 
@@ -1709,7 +1793,8 @@ def main(argv: Optional[List[str]] = None) -> None:
             observers.append(WandbAlgoObserver(args))  # last: it sends what the others wrote
         result = Runner(args, MultiObserver(observers)).run()
     except (UserError, TrainingError) as exc:
-        print(f"error: {exc}", file=sys.stderr)
+        if RANK == 0 or isinstance(exc, TrainingError):
+            print(f"error: {exc}", file=sys.stderr)
         sys.exit(2 if isinstance(exc, UserError) else 1)
     if result.get("stop_signal"):
         sys.exit(128 + result["stop_signal"])
