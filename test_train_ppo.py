@@ -1567,6 +1567,42 @@ def test_two_processes_never_share_a_run(tmp_path):
     assert sorted(os.listdir(tmp_path / "runs")) == ["r", "r_2"]
 
 
+# ---------------------------------------------------------------------------------------------------------- video
+
+
+def test_video_is_written_and_logged(here, capsys):
+    """GIFs in the run folder, in TensorBoard's event file and in the W&B run; --play draws the policy too."""
+    from PIL import Image
+
+    shell(*SMALL, "--max-epochs", "6", "--capture-video", "--video-frequency", "3", "--video-length", "20", "--track", "--experiment", "r", cwd=here)
+    assert sorted(os.listdir("runs/r/videos")) == ["epoch_1.gif", "epoch_4.gif"]
+    with Image.open("runs/r/videos/epoch_1.gif") as gif:
+        first = np.asarray(gif.convert("RGB"))
+        durations = []
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            durations.append(gif.info["duration"])
+        assert gif.size == (600, 320) and sum(durations) == 20 * 20 and not np.array_equal(first, np.asarray(gif.convert("RGB"))), "20 frames that move"
+    images = [(event.step, value.image.encoded_image_string or value.tensor.string_val[2]) for path in Path("runs/r/summaries").glob("events*")
+              for event in EventFileLoader(str(path)).Load() for value in event.summary.value if value.tag == "video"]
+    assert [(step, data) for step, data in images] == [(2 * 256, Path("runs/r/videos/epoch_1.gif").read_bytes()), (5 * 256, Path("runs/r/videos/epoch_4.gif").read_bytes())]
+    rows = wandb_run(wandb_records("runs/r")[0])[2]
+    sent = [row["video/path"] if "video/path" in row else row["video"]["path"] for row in rows if "video" in row or "video/path" in row]
+    assert len(sent) == 2 and all(any(Path("runs/r/wandb").glob(f"offline-run-*/files/{path}")) for path in sent)
+    main(["--play", "--checkpoint", "runs/r", "--num-envs", "2", "--capture-video", "--video-length", "5"])
+    assert "runs/r/videos/play_epoch_6.gif" in capsys.readouterr().out and Path("runs/r/videos/play_epoch_6.gif").exists()
+
+
+def test_video_changes_nothing_and_an_env_without_picture_is_warned_about_once(here, capsys):
+    main([*SMALL, "--experiment", "plain"])
+    main([*SMALL, "--experiment", "drawn", "--capture-video", "--video-length", "3"])
+    assert not [name for name in same_state("runs/plain/nn/last.pth", "runs/drawn/nn/last.pth") if "args" not in name]
+    capsys.readouterr()
+    main(["--env-id", "test_train_ppo:infos_env", "--num-envs", "4", "--num-steps", "8", "--max-epochs", "3", "--experiment", "r", "--capture-video"])
+    err = capsys.readouterr().err
+    assert err.count("warning:") == 1 and "--capture-video: test_train_ppo:infos_env gave no picture" in err and "going on without video" in err
+
+
 # ---------------------------------------------------------------------------------------------------------- several processes
 
 

@@ -147,10 +147,15 @@ class Args:
     strict_observers: bool = False  # an observer that raises ends training instead of being dropped: for writing one
 
     # play and export
-    play: bool = False  # evaluate --checkpoint instead of training; writes nothing
+    play: bool = False  # evaluate --checkpoint instead of training; writes nothing, but a video if asked to
     games: int = 0  # with --play: episodes in all, rounded up to the same number for each env; 0: one an env
     stochastic: bool = False  # with --play: sample actions as in training instead of taking the mean action
     export: str = ""  # a new folder for the policy of --checkpoint as policy.onnx, policy.pt (TorchScript) and policy.json
+
+    # video
+    capture_video: bool = False  # draw the first envs to GIFs under videos/, in TensorBoard and W&B; with --play: the first episode
+    video_frequency: int = 25  # epochs from the start of one video to the next, the first in epoch 1
+    video_length: int = 200  # steps in a video
 
     # Weights & Biases
     track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
@@ -191,7 +196,8 @@ class Args:
 
     def check(self) -> None:
         """UserError for values that make no sense. Called by the Runner, when flags, checkpoint and yaml have all been read."""
-        at_least = dict.fromkeys(("num_envs", "num_steps", "minibatch_size", "update_epochs", "max_epochs", "games_to_track"), 1)
+        at_least = dict.fromkeys(("num_envs", "num_steps", "minibatch_size", "update_epochs", "max_epochs", "games_to_track",
+                                  "video_frequency", "video_length"), 1)
         at_least.update(dict.fromkeys((
             "save_frequency", "save_every_minutes", "save_best_after", "keep_last", "games", "torch_threads", "learning_rate", "kl_threshold", "gamma",
             "gae_lambda", "clip_coef", "vf_coef", "ent_coef", "bounds_loss_coef", "max_grad_norm"), 0))
@@ -244,6 +250,7 @@ class Cartpole:
         self.state = torch.zeros(4, num_envs, device=device)  # x, x_dot, theta, theta_dot
         self.progress = torch.zeros(num_envs, dtype=torch.long, device=device)
         self.reset_buf = torch.ones(num_envs, dtype=torch.long, device=device)
+        self.reward = torch.zeros(num_envs, device=device)
         self.reset_scale = torch.tensor([[0.2], [0.5], [0.2], [0.5]], device=device)
 
     def reset(self) -> Dict[str, Tensor]:
@@ -259,11 +266,11 @@ class Cartpole:
         x, x_dot, theta, theta_dot = self.state
         fell = (x.abs() > 3.0) | (theta.abs() > math.pi / 2)
         reward = 1.0 - theta.square() - 0.01 * x_dot.abs() - 0.005 * theta_dot.abs()
-        reward = torch.where(fell, -2.0, reward)
+        self.reward = torch.where(fell, -2.0, reward)
         late = self.progress >= self.max_episode_length - 1
         self.reset_buf = (fell | late).long()
         # as in VecTask, an episode that ends on the last tick counts as timed out even if the pole fell on it
-        return self.reset(), reward, self.reset_buf, {"time_outs": late}
+        return self.reset(), self.reward, self.reset_buf, {"time_outs": late}
 
     def _simulate(self, force: Tensor, dt: float = 0.0166, substeps: int = 2) -> Tensor:
         """Semi-implicit Euler on the two equations of motion; a positive angle leans towards negative x.
@@ -286,6 +293,26 @@ class Cartpole:
             x, theta = x + h * x_dot, theta + h * theta_dot
         return torch.stack((x, x_dot, theta, theta_dot))
 
+    def render(self, mode: str = "rgb_array") -> np.ndarray:
+        """The first four envs as one picture (320, 600, 3) uint8, at 50 pixels a metre."""
+        from PIL import Image, ImageDraw
+
+        picture = Image.new("RGB", (1200, 640), "white")  # twice the size, for smooth edges
+        draw = ImageDraw.Draw(picture)
+        for i, (x, _, theta, _) in enumerate(self.state[:, :4].t().tolist()):
+            left, ground = i % 2 * 600, i // 2 * 320 + 250
+            cart = left + 300 + 90 * x
+            draw.rectangle((left + 4, ground - 240, left + 596, ground + 64), outline="#c8c8c8", width=2)
+            draw.line((left + 30, ground, left + 570, ground), fill="#8c8c8c", width=4)
+            draw.rectangle((cart - 40, ground - 20, cart + 40, ground + 20), fill="#1f4e79")
+            draw.line((cart, ground, cart - 170 * math.sin(theta), ground - 170 * math.cos(theta)), fill="#d9822b", width=14)
+            draw.ellipse((cart - 9, ground - 9, cart + 9, ground + 9), fill="white")
+        picture = picture.resize((600, 320))
+        draw = ImageDraw.Draw(picture)
+        for i, steps in enumerate(self.progress[:4].tolist()):
+            draw.text((i % 2 * 300 + 12, i // 2 * 160 + 10), f"{steps * 0.0166:.1f} s   reward {float(self.reward[i]):.2f}", fill="black")
+        return np.asarray(picture)
+
     def get_env_state(self) -> Dict[str, Tensor]:
         return {"state": self.state, "progress": self.progress, "reset_buf": self.reset_buf}
 
@@ -305,7 +332,7 @@ def compose_isaacgym_config(args: Args, num_envs: Any = ""):
     config_dir = os.path.join(os.path.dirname(os.path.abspath(isaacgymenvs.__file__)), "cfg")
     device = pick_device(args.device)
     overrides = [
-        f"task={args.env_id}", f"num_envs={num_envs}", f"seed={args.seed}", f"headless={args.headless}",
+        f"task={args.env_id}", f"num_envs={num_envs}", f"seed={args.seed}", f"headless={args.headless and not args.capture_video}",
         f"sim_device={device}", f"rl_device={device}", f"graphics_device_id={device.index or 0}",
         # sim_device alone is not enough: physx.use_gpu and the pipeline are decided by the config
         f"pipeline={'gpu' if device.type == 'cuda' else 'cpu'}",
@@ -427,7 +454,55 @@ def make_env(args: Args):
     cfg = compose_isaacgym_config(args, args.num_envs)
     return isaacgymenvs.make(
         seed=args.seed, task=args.env_id, num_envs=args.num_envs, sim_device=cfg.sim_device, rl_device=cfg.rl_device,
-        graphics_device_id=cfg.graphics_device_id, headless=args.headless, force_render=not args.headless, cfg=cfg)
+        graphics_device_id=cfg.graphics_device_id, headless=cfg.headless, force_render=not args.headless,
+        virtual_screen_capture=args.capture_video, cfg=cfg)  # draws to a virtual screen, through the viewer
+
+
+class RecordVideo:
+    """An env of which some steps are drawn: `video_length` of them every `video_frequency` epochs, as GIFs in the run's videos/."""
+
+    def __init__(self, env, args: Args):
+        self.env, self.args = env, args
+        self.path, self.algo, self.frames, self.works = "", None, [], True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.env, name)
+
+    def set_train_info(self, frame: int, algo: Any) -> None:
+        if hasattr(self.env, "set_train_info"):
+            self.env.set_train_info(frame, algo)
+        self.algo = algo
+        if (algo.epoch_num - 1) % self.args.video_frequency == 0 and RANK == 0:
+            self.start(os.path.join(algo.config["run_dir"], "videos", f"epoch_{algo.epoch_num}.gif"))
+
+    def start(self, path: str) -> None:
+        self.write()
+        self.path = path
+
+    def step(self, actions: Tensor):
+        result = self.env.step(actions)
+        if self.path and self.works:
+            try:
+                from PIL import Image
+
+                picture = Image.fromarray(np.asarray(self.env.render(mode="rgb_array"), dtype=np.uint8))
+                self.frames.append(picture.quantize(64))  # a palette of 64 colours: a third of the memory, and what a GIF holds
+                if len(self.frames) == self.args.video_length:
+                    self.write()
+            except Exception as exc:  # no render(), no picture from it, no Pillow, no space on the disk
+                self.works = warn(f"--capture-video: {self.args.env_id} gave no picture ({exc}): going on without video")
+        return result
+
+    def write(self) -> None:
+        """Finish the video that is being recorded: 50 frames a second, the most that browsers show."""
+        path, frames, self.path, self.frames = self.path, self.frames, "", []
+        if frames:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            frames[0].save(path, save_all=True, append_images=frames[1:], duration=20, loop=0)
+            if self.algo is None:
+                log(f"video     {path}")
+            else:
+                self.algo.writer.add_gif("video", path, self.algo.frame)
 
 
 def pick_device(name: str) -> torch.device:
@@ -613,6 +688,7 @@ class Writer(SummaryWriter):
     def __init__(self, log_dir: str, **kwargs):
         super().__init__(log_dir, **kwargs)
         self.scalars: Dict[str, float] = {}
+        self.gifs: Dict[str, str] = {}  # {tag: path} of the epoch's videos
         self.pending: Dict[int, List[Summary.Value]] = {}
         self.works: Optional[bool] = True
 
@@ -620,6 +696,14 @@ class Writer(SummaryWriter):
         value = float(scalar_value)
         self.scalars[tag] = value
         self.pending.setdefault(int(global_step or 0), []).append(Summary.Value(tag=tag, simple_value=value))
+
+    def add_gif(self, tag: str, path: str, global_step: int) -> None:
+        from PIL import Image
+
+        with Image.open(path) as gif, open(path, "rb") as file:
+            image = Summary.Image(width=gif.width, height=gif.height, colorspace=3, encoded_image_string=file.read())
+        self.gifs[tag] = path
+        self.pending.setdefault(global_step, []).append(Summary.Value(tag=tag, image=image))
 
     def end_epoch(self) -> None:
         try:
@@ -629,6 +713,7 @@ class Writer(SummaryWriter):
             self.works = warn(f"TensorBoard events cannot be written any more ({exc}): training goes on without them")
         self.pending.clear()
         self.scalars.clear()
+        self.gifs.clear()
 
     @staticmethod
     def rewind(log_dir: str, epoch: int) -> None:
@@ -820,11 +905,14 @@ class WandbAlgoObserver(AlgoObserver):
         if self.run is None:
             return
         try:
-            for tag in [tag for tag in self.writer.scalars if tag not in self.defined]:
+            for tag in [tag for tag in (*self.writer.scalars, "video") if tag not in self.defined]:
                 axis = {"iter": "epoch", "time": "time"}.get(tag.rsplit("/", 1)[-1], "global_step")
                 self.run.define_metric(tag, step_metric=axis)
                 self.defined.add(tag)
-            self.run.log({**self.writer.scalars, "global_step": frame, "epoch": epoch_num, "time": total_time})
+            import wandb
+
+            gifs = {tag: wandb.Video(path, format="gif") for tag, path in getattr(self.writer, "gifs", {}).items()}
+            self.run.log({**self.writer.scalars, **gifs, "global_step": frame, "epoch": epoch_num, "time": total_time})
         except Exception as exc:
             self.run = warn(f"W&B failed ({exc}): training goes on without it")
 
@@ -1471,7 +1559,7 @@ class PPOAgent:
 
 
 @torch.no_grad()
-def play(args: Args, env, state: Dict[str, Any]) -> Dict[str, float]:
+def play(args: Args, env, path: str, state: Dict[str, Any]) -> Dict[str, float]:
     """Evaluate a checkpoint: mean, std, min and max return of the same number of episodes from every env.
 
     A quota per env, because taking the first episodes to finish, from whichever env, would favour the short ones.
@@ -1483,6 +1571,10 @@ def play(args: Args, env, state: Dict[str, Any]) -> Dict[str, float]:
     lengths, episode = torch.zeros_like(returns), torch.zeros(env.num_envs, dtype=torch.long, device=device)
     envs = torch.arange(env.num_envs, device=device)
     obs = env.reset()["obs"].to(device)
+    if args.capture_video:
+        folder = os.path.dirname(path)
+        folder = os.path.dirname(folder) if os.path.basename(folder) == "nn" else folder  # the run's
+        env.start(os.path.join(folder, "videos", f"play_epoch_{state['epoch']}.gif"))
     while int(episode.min()) < quota:
         action = model.act(obs)[0] if args.stochastic else model(model.norm_obs(obs))[0]
         obs, reward, done, _ = env.step(action.clamp(-1.0, 1.0) if args.clip_actions else action)
@@ -1491,6 +1583,8 @@ def play(args: Args, env, state: Dict[str, Any]) -> Dict[str, float]:
         lengths[episode, envs] += 1
         episode = (episode + done.long()).clamp(max=quota)
     returns, lengths = returns[:quota].flatten(), lengths[:quota].flatten()
+    if args.capture_video:
+        env.write()
     result = {"mean": returns.mean(), "std": returns.std(unbiased=False), "min": returns.min(), "max": returns.max(), "length": lengths.mean()}
     result = {name: float(value) for name, value in result.items()}
     result["count"] = len(returns)
@@ -1662,9 +1756,10 @@ class Runner:
                 self.algo_observer = MultiObserver([])
         seed_everything(args.seed + RANK, args.torch_deterministic)
         env = make_env(replace(args, seed=args.seed + RANK))
+        env = RecordVideo(env, args) if args.capture_video else env
         seed_everything(args.seed + RANK, args.torch_deterministic)  # making an env may draw any number of random numbers
         try:
-            return play(args, env, state) if args.play else self.train(env, path, state)
+            return play(args, env, path, state) if args.play else self.train(env, path, state)
         finally:
             if hasattr(env, "close"):
                 env.close()
