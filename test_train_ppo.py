@@ -2,6 +2,7 @@
 
 Only isaacgym and isaacgymenvs, which cannot be installed from a package index, are stood in for (`ISAACGYM`, below).
 """
+import http.server
 import json
 import math
 import os
@@ -12,7 +13,9 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +35,10 @@ SMALL = ["--num-envs", "32", "--num-steps", "8", "--max-epochs", "4", "--save-fr
 # ---------------------------------------------------------------------------------------------------------- helpers
 
 
-def shell(*arguments, cwd, env=(), code=0, timeout=240):
+def shell(*arguments, cwd, env=(), code=0, timeout=240, script=(SCRIPT,)):
     """Run train_ppo.py as a user does; returns (stdout, stderr)."""
     environment = {**os.environ, "PYTHONPATH": str(cwd), "WANDB_MODE": "offline", **dict(env)}
-    done = subprocess.run([sys.executable, SCRIPT, *arguments], cwd=str(cwd), env=environment, timeout=timeout,
+    done = subprocess.run([sys.executable, *script, *arguments], cwd=str(cwd), env=environment, timeout=timeout,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     assert done.returncode == code, f"exit code {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
     return done.stdout, done.stderr
@@ -53,11 +56,11 @@ def scalars(run_dir):
 
 
 def wandb_records(run_dir):
-    """Records of each W&B offline run under a run folder, oldest first, read from its LevelDB-style log."""
+    """Records of each W&B run under a run folder, oldest first, read from its LevelDB-style log."""
     from wandb.proto import wandb_internal_pb2
 
     runs = []
-    for path in sorted(Path(run_dir).glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime):
+    for path in sorted(Path(run_dir).glob("wandb/*run-*/*.wandb"), key=lambda p: p.stat().st_mtime):
         data, position, records, buffer = path.read_bytes(), 7, [], b""
         while position + 7 <= len(data):
             left = 32768 - position % 32768
@@ -436,6 +439,97 @@ def test_wandb_trouble_does_not_stop_training(tmp_path, trouble):
     assert load_checkpoint(str(tmp_path / "runs/r/nn/last.pth"))["epoch"] == 4 and len(scalars(tmp_path / "runs/r")["info/kl"]) == 4
     if trouble != "not installed":
         assert len(wandb_run(wandb_records(tmp_path / "runs/r")[-1])[2]) == 4, "recorded offline instead"
+
+
+class WandbServer(http.server.ThreadingHTTPServer):
+    """As much of a W&B server as its client needs. The trouble begins once the run is made, or at the start."""
+
+    daemon_threads = True
+
+    def __init__(self, trouble):
+        super().__init__(("127.0.0.1", 0), WandbHandler)
+        self.trouble, self.in_trouble, self.rows = trouble, trouble == "silent from the start", []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, *_):
+        """Clients may hang up at any time."""
+
+
+class WandbHandler(http.server.BaseHTTPRequestHandler):
+    def answer(self):
+        body, server = self.rfile.read(int(self.headers["Content-Length"] or 0)), self.server
+        if server.in_trouble and server.trouble.startswith("silent"):
+            time.sleep(600)
+        if server.in_trouble and server.trouble == "gone":
+            server.shutdown()
+            server.server_close()  # from now on connections are refused
+            raise ConnectionError
+        status, data = 200, {}
+        if self.path == "/graphql":
+            query = json.loads(body)
+            names, wanted = query.get("variables", {}), query["query"].split("(")[0].split("{")[0].split()[-1]
+            project = {"id": "p", "name": names.get("project"), "entity": {"id": "e", "name": "e"}}
+            bucket = {"id": "b", "name": names.get("name"), "displayName": names.get("name"), "project": project}
+            files = [{"name": name, "uploadUrl": f"{server.url}/{name}"} for name in names.get("files", ())]
+            data = {"data": {"UpsertBucket": {"upsertBucket": {"bucket": bucket, "inserted": True}}, "RunResumeStatus": {"model": None},
+                             "CreateRunFiles": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}},
+                             "ServerFeaturesQuery": {"serverInfo": {"features": []}}}.get(wanted, {})}
+            server.in_trouble |= wanted == "UpsertBucket" and server.trouble != "none"
+        elif self.path.endswith("/file_stream"):
+            status = 404 if server.in_trouble else 200
+            server.rows += [json.loads(row) for row in json.loads(body).get("files", {}).get("wandb-history.jsonl", {}).get("content", ())]
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(data).encode())
+
+    do_GET = do_POST = do_PUT = answer
+
+    def log_message(self, *_):
+        """Says nothing."""
+
+
+SERVER_TROUBLES = ["none", "gone", "silent", "silent from the start", "run deleted"]
+
+
+@pytest.fixture(scope="module")
+def wandb_server_runs(tmp_path_factory):
+    """{trouble: (folder, server, stderr, seconds from last.pth to the end)}; all at the same time, because they mostly wait."""
+    base = tmp_path_factory.mktemp("wandb")
+
+    def run(trouble):
+        folder, server = base / trouble.replace(" ", "_"), WandbServer(trouble)
+        folder.mkdir()
+        patience = "" if trouble in ("none", "run deleted") else "train_ppo.WandbAlgoObserver.patience = 3; "
+        script = ["-c", f"import train_ppo; {patience}train_ppo.main()"]
+        env = {"HOME": str(folder), "WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": server.url, "PYTHONPATH": str(HERE),
+               "WANDB_ERROR_REPORTING": "false"}  # W&B's telemetry, for which it waits 10 seconds more
+        _, err = shell(*SMALL, "--track", "--experiment", "r", cwd=folder, env=env, script=script)
+        return folder, server, err, time.time() - (folder / "runs/r/nn/last.pth").stat().st_mtime
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(SERVER_TROUBLES, pool.map(run, SERVER_TROUBLES)))
+
+
+@pytest.mark.parametrize("trouble", SERVER_TROUBLES)
+def test_wandb_server_trouble_does_not_stop_training(wandb_server_runs, trouble):
+    folder, server, err, waited = wandb_server_runs[trouble]
+    warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
+    saved = load_checkpoint(str(folder / "runs/r/nn/last.pth"))
+    assert saved["epoch"] == 4 and saved["total_time"] < 10, "training went on, and did not wait"
+    if trouble in ("gone", "silent"):
+        assert 3 < waited < 30, "everything is saved before W&B is waited for, and that not for long"
+        left = next((folder / "runs/r/wandb").glob("run-*")).relative_to(folder)
+        assert len(warnings) == 1 and f"wandb sync --include-online {left}" in warnings[0], err
+    elif trouble == "silent from the start":
+        assert len(warnings) == 1 and "recording offline" in warnings[0], err
+    else:
+        assert not warnings and ("wandb sync" in err) == (trouble == "run deleted"), f"W&B itself says that the run is gone\n{err}"
+    assert [row["epoch"] for row in wandb_run(wandb_records(folder / "runs/r")[-1])[2]] == [1, 2, 3, 4], "all of it is on disk"
+    if trouble == "none":
+        assert [(row["epoch"], row["global_step"]) for row in server.rows] == [(i, 256 * i) for i in range(1, 5)]
+        assert server.rows[-1]["time"] > server.rows[0]["time"] and [row["rewards/step"] for row in server.rows if "rewards/step" in row] == [
+            pytest.approx(value) for _, value in scalars(folder / "runs/r")["rewards/step"]]
 
 
 # ---------------------------------------------------------------------------------------------------------- observers

@@ -869,6 +869,7 @@ class WandbAlgoObserver(AlgoObserver):
     """
 
     needs_done_indices = False
+    patience = 20  # seconds for a server's first answer, and for sending the rest at the end: usually one or two do
 
     def __init__(self, args: Args):
         self.args, self.run, self.defined = args, None, set()
@@ -884,7 +885,7 @@ class WandbAlgoObserver(AlgoObserver):
                 settings = wandb.setup().settings
                 if mode is None and settings.mode == "online":  # without a network wandb would try for minutes
                     with contextlib.suppress(urllib.error.HTTPError):  # any answer will do
-                        urllib.request.urlopen(settings.base_url, timeout=10).close()
+                        urllib.request.urlopen(settings.base_url, timeout=self.patience).close()
                 self.run = wandb.init(
                     project=self.args.wandb_project_name, entity=self.args.wandb_entity or None, group=self.args.wandb_group or None,
                     tags=self.args.wandb_tags or None, name=experiment_name, id=config["wandb_run_id"], resume="allow",
@@ -896,10 +897,7 @@ class WandbAlgoObserver(AlgoObserver):
                 reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
                 then = f"recording offline, upload later with: wandb sync {config['run_dir']}/wandb/offline-run-*"
                 warn(f"W&B failed to start: {reason}; {then if mode is None else 'training goes on without it'}")
-                # a failed start spoils the next one; and clearing it away may wait for the network again
-                cleaner = threading.Thread(target=wandb.teardown, daemon=True)
-                cleaner.start()
-                cleaner.join(10)
+                self._in_time(wandb.teardown)  # a failed start spoils the next one; clearing it away may wait for the network again
 
     def after_print_stats(self, frame, epoch_num, total_time) -> None:
         if self.run is None:
@@ -914,12 +912,41 @@ class WandbAlgoObserver(AlgoObserver):
             gifs = {tag: wandb.Video(path, format="gif") for tag, path in getattr(self.writer, "gifs", {}).items()}
             self.run.log({**self.writer.scalars, **gifs, "global_step": frame, "epoch": epoch_num, "time": total_time})
         except Exception as exc:
-            self.run = warn(f"W&B failed ({exc}): training goes on without it")
+            self._leave(f"failed ({exc}): training goes on without it")
 
     def close(self) -> None:
-        if self.run is not None:
+        def finish():
+            for _ in range(32):  # W&B <= 0.24 writes its file in blocks of 32 KiB; the config, 1 KiB or more, pushes the last rows out
+                self.run.config.persist()
+            self.run.finish()
+
+        try:
+            if self.run is not None and self._in_time(finish, self.patience):
+                self.run = None
+        finally:  # also if Ctrl-C cuts the waiting short
+            if self.run is not None:
+                self._leave("did not take everything in time")
+
+    def _leave(self, why: str) -> None:
+        import wandb
+
+        folder = os.path.relpath(os.path.dirname(self.run.dir))
+        self.run = warn(f"W&B {why}; upload the rest later with: wandb sync --include-online {folder}")
+        self._in_time(wandb.teardown)  # first of all it unregisters W&B's exit hook, which would wait without end
+
+    @staticmethod
+    def _in_time(call, seconds: float = 2) -> bool:
+        """Whether W&B did as told in time. Without an answer it waits for many minutes: it may, in a thread that ends with the program."""
+        done: List[Any] = []
+
+        def work():
             with contextlib.suppress(Exception):
-                self.run.finish()
+                done.append(call())
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        return bool(done)
 
 
 class MultiObserver(AlgoObserver):
