@@ -402,8 +402,9 @@ def test_play_is_deterministic_unless_told_otherwise(here, capsys):
 
 
 def test_wandb_offline_run_holds_every_scalar(tmp_path):
-    shell(*SMALL, "--track", "--experiment", "r", "--wandb-group", "g", "--wandb-tags", "x", "y", cwd=tmp_path)
-    shell("--checkpoint", "runs/r", "--max-epochs", "6", cwd=tmp_path)  # --track comes from the checkpoint
+    shell(*SMALL, "--track", "--experiment", "r", "--wandb-group", "g", "--wandb-tags", "x", "y",
+          "--save-best-after", "2", "--games-to-track", "8", cwd=tmp_path)
+    shell("--checkpoint", "runs/r", "--max-epochs", "6", "--wandb-upload", "all", cwd=tmp_path)  # --track comes from the checkpoint
     first, second = (wandb_run(records) for records in wandb_records(tmp_path / "runs/r"))
     assert first[0] == second[0] == load_checkpoint(str(tmp_path / "runs/r/nn/last.pth"))["wandb_run_id"], "the run is continued, not begun anew"
     arguments = json.loads((tmp_path / "runs/r/config.json").read_text())["args"]
@@ -418,6 +419,14 @@ def test_wandb_offline_run_holds_every_scalar(tmp_path):
         steps = [row[axis] for row in rows if tag in row]
         if not tag.startswith("performance"):
             assert [int(step) for step in steps] == [step for step, _ in values], f"{tag} has the x-axis of TensorBoard"
+    records, best = wandb_records(tmp_path / "runs/r")[1], load_checkpoint(str(tmp_path / "runs/r/nn/best.pth"))
+    summary = {item.key: json.loads(item.value_json) for r in records if r.HasField("summary") for item in r.summary.update if item.key}
+    assert summary["stop_reason"] == "--max-epochs 6 reached" and (summary["best_reward"], summary["best_epoch"]) == (best["last_mean_rewards"], best["best_epoch"])
+    artifacts = {r.artifact.name: r.artifact for r in records if r.HasField("artifact") and r.artifact.type == "model"}
+    assert set(artifacts) == {f"{first[0]}-{name}" for name in ("best", "last", "epoch_2", "epoch_4", "epoch_6")}
+    uploaded = artifacts[f"{first[0]}-best"]
+    assert json.loads(uploaded.metadata) == {"epoch": best["best_epoch"], "reward": best["last_mean_rewards"]}
+    assert Path(uploaded.manifest.contents[0].local_path).read_bytes() == (tmp_path / "runs/r/nn/best.pth").read_bytes()
 
 
 def test_wandb_run_id_from_the_environment_wins(tmp_path):

@@ -163,6 +163,7 @@ class Args:
     wandb_entity: str = ""  # its team or user; empty: your default
     wandb_group: str = ""  # groups runs in the dashboard
     wandb_tags: Tuple[str, ...] = ()  # tags of the run
+    wandb_upload: Literal["none", "best", "all"] = "none"  # checkpoints to upload at the end, as versions of an artifact of type model
 
     # PPO
     num_steps: int = 16  # steps per env and rollout (rl_games: horizon_length)
@@ -916,6 +917,18 @@ class WandbAlgoObserver(AlgoObserver):
 
     def close(self) -> None:
         def finish():
+            import wandb
+
+            algo, nn = self.algo, os.path.join(self.algo.config["run_dir"], "nn")
+            best = algo.last_mean_rewards if algo.best_epoch else None
+            self.run.summary.update({"best_reward": best, "best_epoch": algo.best_epoch or None, "stop_reason": algo.stop_reason})
+            for name in sorted(os.listdir(nn)) if self.args.wandb_upload == "all" else ["best.pth"] if self.args.wandb_upload == "best" else ():
+                path, epoch = os.path.join(nn, name), re.sub(r"\D", "", name)
+                if os.path.exists(path):
+                    about = {"epoch": algo.best_epoch, "reward": best} if name == "best.pth" else {"epoch": int(epoch or algo.epoch_num)}
+                    artifact = wandb.Artifact(f"{self.run.id}-{name[:-4]}", type="model", metadata=about)
+                    artifact.add_file(path)
+                    self.run.log_artifact(artifact)
             for _ in range(32):  # W&B <= 0.24 writes its file in blocks of 32 KiB; the config, 1 KiB or more, pushes the last rows out
                 self.run.config.persist()
             self.run.finish()
@@ -1257,6 +1270,7 @@ class PPOAgent:
         self.epoch_num, self.frame, self.total_time = 0, 0, 0.0
         self.mean_rewards, self.last_mean_rewards, self.best_epoch = -math.inf, -math.inf, 0  # last_mean_rewards: the best so far
         self.stop_signal = 0  # set by Runner's signal handler: leave after this epoch
+        self.stop_reason = "error"  # until train() returns
         self.full_window = False  # whether mean_rewards is over as many episodes as it should be
 
         self.model = make_model(args, env.num_obs, env.num_acts).to(self.device)
@@ -1446,6 +1460,7 @@ class PPOAgent:
                 print(line, flush=True) if bar.disable else bar.set_description_str(line)
         bar.close()
         self.stop_signal = stop_signal
+        self.stop_reason = signal.Signals(stop_signal).name if stop_signal else f"--max-epochs {args.max_epochs} reached"
 
     def agree(self, *numbers: int) -> List[int]:
         """The largest of each over all processes: what one wants - to stop, to save - all do after the same epoch."""
@@ -1872,8 +1887,7 @@ class Runner:
         script = f"python {os.path.relpath(__file__)}"
         best = os.path.join(run_dir, "nn", "best.pth")
         best = best if os.path.exists(best) else os.path.join(run_dir, "nn", "last.pth")  # of an older run than this one
-        why = signal.Signals(agent.stop_signal).name if agent.stop_signal else f"--max-epochs {agent.args.max_epochs} reached"
-        log(f"\nstopped after epoch {agent.epoch_num} ({why}), mean reward {agent.mean_rewards:.2f} over the last {agent.games_to_track} episodes")
+        log(f"\nstopped after epoch {agent.epoch_num} ({agent.stop_reason}), mean reward {agent.mean_rewards:.2f} over the last {agent.games_to_track} episodes")
         if agent.best_epoch:
             log(f"best      {agent.last_mean_rewards:.2f} at epoch {agent.best_epoch}")
         again = script if WORLD_SIZE == 1 else script.replace("python", f"torchrun --nproc-per-node={WORLD_SIZE}", 1)
