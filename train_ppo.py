@@ -1266,7 +1266,7 @@ class PPOAgent:
     def __init__(self, args: Args, env, observer: AlgoObserver, writer: SummaryWriter, config: Dict[str, Any]):
         self.args, self.env, self.algo_observer, self.writer, self.config = args, env, observer, writer, config
         self.device = self.ppo_device = pick_device(args.device)
-        self.games_to_track, self.num_agents = args.games_to_track, 1
+        self.games_to_track, self.num_agents, self.args_dict = args.games_to_track, 1, plain(asdict(args))
         self.epoch_num, self.frame, self.total_time = 0, 0, 0.0
         self.mean_rewards, self.last_mean_rewards, self.best_epoch = -math.inf, -math.inf, 0  # last_mean_rewards: the best so far
         self.stop_signal = 0  # set by Runner's signal handler: leave after this epoch
@@ -1506,9 +1506,9 @@ class PPOAgent:
             self.last_mean_rewards, self.best_epoch = self.mean_rewards, self.epoch_num
             self.best_state = self.get_full_state_weights()
         periodic = bool(args.save_frequency) and self.epoch_num % args.save_frequency == 0
-        # A run with epochs of milliseconds may find a new best in each: it waits in memory, at most two seconds, and always goes to
+        # A run with epochs of milliseconds may find a new best in each: it waits in memory, at most five seconds, and always goes to
         # disk before a file that knows of it.
-        if periodic or overdue or time.monotonic() - self.last_best_save > 2.0:
+        if periodic or overdue or time.monotonic() - self.last_best_save > 5.0:
             self.save_best()
         if periodic:
             self.save(os.path.join(folder, f"epoch_{self.epoch_num}.pth"))
@@ -1551,20 +1551,18 @@ class PPOAgent:
 
     def get_full_state_weights(self) -> Dict[str, Any]:
         """Everything that the run is, copied, as plain tensors, numbers, strings, lists and dicts. For all processes to call."""
-        own = plain(self.get_own_state())
-        everyones: List[Any] = [own] * WORLD_SIZE
+        everyones: List[Any] = [None] * WORLD_SIZE
         if WORLD_SIZE > 1:
-            together(dist.gather_object, own, everyones if RANK == 0 else None)
+            together(dist.gather_object, plain(self.get_own_state()), everyones if RANK == 0 else None)
         optimizer = self.optimizer.state_dict()
         optimizer["param_groups"] = [{**group, "lr": float(self.lr), "fused": None} for group in optimizer["param_groups"]]  # as rl_games has it
-        return plain({
+        return {**plain({
             "model": dict(self.model.state_dict()), "optimizer": optimizer, "epoch": self.epoch_num, "frame": self.frame,
-            "last_mean_rewards": self.last_mean_rewards, **own,  # rl_games' keys are these and env_state
-            "format_version": FORMAT_VERSION, "args": asdict(self.args), "num_obs": self.env.num_obs, "num_acts": self.env.num_acts,
+            "last_mean_rewards": self.last_mean_rewards, **self.get_own_state(),  # rl_games' keys are these and env_state
+            "format_version": FORMAT_VERSION, "num_obs": self.env.num_obs, "num_acts": self.env.num_acts,
             "clip_obs": float(getattr(self.env, "clip_obs", math.inf)), "lr": self.lr, "best_epoch": self.best_epoch,
             "total_time": self.total_time, "wandb_run_id": self.config["wandb_run_id"], "observers": self.algo_observer.state_dict(),
-            "other_processes": everyones[1:],
-        })
+        }), "args": self.args_dict, "other_processes": everyones[1:]}
 
     def set_full_state_weights(self, state: Dict[str, Any]) -> bool:
         """Continue from `state`. True if exactly, False if the env had to start new episodes."""

@@ -1,6 +1,9 @@
-"""What observers, metrics and checkpoints cost: the default job with all of them on against all of them off, in pairs.
+"""What observers, metrics and checkpoints cost: the default job with all of them on against all of them off.
 
     python benchmarks/overhead.py [PAIRS]
+
+Both jobs of a pair train in one process and take turns of five epochs, so that a machine that gets slower or faster slows or speeds up
+both. What TensorBoard's own thread does is counted where it gets in the way.
 """
 import contextlib
 import io
@@ -8,45 +11,95 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
-from typing import List
+from typing import Dict
+
+import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from train_ppo import Args, MultiObserver, PPOAgent, RLGPUAlgoObserver, Runner  # noqa: E402
+import train_ppo  # noqa: E402
+from train_ppo import Args, Cartpole, MultiObserver, PPOAgent, RLGPUAlgoObserver, Runner  # noqa: E402
+
+TURN = 5  # epochs
+turns = threading.Condition()
+whose, seconds = [True], {True: 0.0, False: 0.0}  # True: with everything on
 
 
-def seconds(folder: str, on: bool) -> List[float]:
-    """Wall and CPU seconds of the training loop, saves included, start-up left out."""
-    full = {name: getattr(PPOAgent, name) for name in ("train", "write_stats", "save")}
-    times = []
+class Bare(PPOAgent):
+    """The loop without metrics and checkpoints."""
 
-    def timed_train(agent):
-        start = time.perf_counter(), time.process_time()
-        full["train"](agent)
-        times.extend((time.perf_counter() - start[0], time.process_time() - start[1]))
+    def write_stats(self, *_) -> None:
+        pass
 
-    PPOAgent.train = timed_train
-    if not on:
-        PPOAgent.write_stats = lambda *_: None
-        PPOAgent.save = lambda *_, **__: None
+    def save(self, *_, **__) -> bool:
+        return True
+
+    def save_checkpoints(self, *_) -> None:
+        pass
+
+
+class TurnTaking(Cartpole):
+    """Its first step of every fifth epoch waits until the other job has had its turn."""
+
+    def __init__(self, num_envs, device, on):
+        super().__init__(num_envs, device)
+        self.on, self.start = on, None
+
+    def set_train_info(self, frame, algo):
+        if (algo.epoch_num - 1) % TURN == 0:
+            self.pass_on()
+            with turns:
+                turns.wait_for(lambda: whose[0] == self.on)
+            self.start = time.perf_counter()
+
+    def pass_on(self):
+        if self.start is not None:
+            seconds[self.on] += time.perf_counter() - self.start
+            with turns:
+                whose[0] = not self.on
+                turns.notify_all()
+
+
+def job(folder: str, on: bool) -> None:
+    args = Args(train_dir=folder, experiment=str(on))
+    runner = Runner(args, MultiObserver([RLGPUAlgoObserver()] if on else []))
+    torch.set_num_threads(args.torch_threads)  # it is a setting of the thread
+    env = TurnTaking(args.num_envs, torch.device("cpu"), on)
+    runner.train(env, "", None)
+
+
+def pair() -> Dict[bool, float]:
+    seconds.update({True: 0.0, False: 0.0})
+    full, bare_thread, train = PPOAgent, None, PPOAgent.train
+
+    def train_then_pass_on(agent):
+        train(agent)
+        agent.env.pass_on()
+
+    PPOAgent.train = train_then_pass_on
+    # each Runner looks its agent up by name: the thread decides which it gets
+    train_ppo.PPOAgent = lambda *args: (Bare if threading.current_thread() is bare_thread else full)(*args)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            Runner(Args(train_dir=folder), MultiObserver([RLGPUAlgoObserver()] if on else [])).run()
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            jobs = [threading.Thread(target=job, args=(folder, on)) for on in (True, False)]
+            bare_thread = jobs[1]
+            for thread in jobs:
+                thread.start()
+            for thread in jobs:
+                thread.join()
     finally:
-        for name, function in full.items():
-            setattr(PPOAgent, name, function)
-    return times
+        PPOAgent.train, train_ppo.PPOAgent = train, full
+    return dict(seconds)
 
 
 if __name__ == "__main__":
     pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    wall, cpu = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        seconds(folder, True)  # warm up
-        for i in range(pairs):
-            # the order alternates, so that a machine that gets slower or faster favours neither
-            times = {on: seconds(folder, on) for on in ((True, False) if i % 2 else (False, True))}
-            wall.append(100 * (times[True][0] / times[False][0] - 1))
-            cpu.append(100 * (times[True][1] / times[False][1] - 1))
-            print(f"pair {i + 1}: on {times[True][0]:.2f} s, off {times[False][0]:.2f} s: {wall[-1]:+.1f} % wall, {cpu[-1]:+.1f} % CPU", flush=True)
-    print(f"median of {pairs} pairs: {statistics.median(wall):+.1f} % wall, {statistics.median(cpu):+.1f} % CPU")
+    pair()  # warm up
+    overheads = []
+    for i in range(pairs):
+        whose[0] = bool(i % 2)
+        times = pair()
+        overheads.append(100 * (times[True] / times[False] - 1))
+        print(f"pair {i + 1}: on {times[True]:.2f} s, off {times[False]:.2f} s: {overheads[-1]:+.1f} %", flush=True)
+    print(f"median of {pairs} pairs: {statistics.median(overheads):+.1f} %")
