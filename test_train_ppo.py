@@ -1024,6 +1024,25 @@ def test_export_that_differs_leaves_no_file(here, monkeypatch, capsys):
     assert sorted(os.listdir()) == ["theirs.pth"]
 
 
+def test_compile_learns_the_same_and_continues_without_it(here, capsys):
+    """Same weights but for rounding; a checkpoint has no trace of it."""
+    if train_ppo.compiled([gae], torch.device("cpu")) == [gae]:
+        pytest.skip("no compiler")
+    main([*SMALL, "--experiment", "eager"])
+    main([*SMALL, "--experiment", "compiled", "--compile"])
+    eager, compiled = (load_checkpoint(f"runs/{name}/nn/last.pth") for name in ("eager", "compiled"))
+    assert eager["model"].keys() == compiled["model"].keys()
+    for name, value in eager["model"].items():
+        assert torch.allclose(value, compiled["model"][name], atol=1e-4), name
+    main(["--checkpoint", "runs/compiled", "--max-epochs", "5", "--no-compile"])
+    assert "exactly where it stopped" in capsys.readouterr().out
+
+
+def test_compile_without_a_compiler_warns_once(here):
+    out, err = shell(*SMALL, "--compile", "--experiment", "r", cwd=here, env={"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(here / "cache")})
+    assert err.count("warning: --compile: torch.compile does not work here") == 1 and "epoch 4/4" in out
+
+
 # ---------------------------------------------------------------------------------------------------------- environments
 
 

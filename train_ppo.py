@@ -188,6 +188,7 @@ class Args:
     reward_scale: float = 0.1  # multiplies rewards before learning (rl_games: reward_shaper.scale_value)
     clip_actions: bool = True  # clip actions to [-1, 1] on their way to the env
     mixed_precision: bool = False  # bfloat16 autocast in the update, on CUDA only
+    compile: bool = False  # torch.compile policy, GAE and loss (on CUDA with graphs): faster epochs after a slow start
 
     # network
     units: Tuple[int, ...] = (32, 32)  # hidden layers of the MLP
@@ -604,10 +605,11 @@ class ActorCritic(nn.Module):
         return net.mu(features), net.sigma, net.value(value_features).squeeze(-1)
 
     @torch.no_grad()
-    def act(self, obs: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Raw observations (n, O) -> sampled action (n, A), its log probability (n,), value in reward units (n,), mean action (n, A)."""
+    def act(self, obs: Tensor, noise: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Raw observations (n, O) and standard normal noise (n, A) -> sampled action (n, A), its log probability (n,), value in reward
+        units (n,), mean action (n, A)."""
         mu, logstd, value = self(self.norm_obs(obs))
-        action = mu + logstd.exp() * torch.randn_like(mu)
+        action = mu + logstd.exp() * noise
         return action, log_prob(action, mu, logstd), self.denorm_value(value), mu
 
     @torch.no_grad()
@@ -1260,6 +1262,16 @@ def adaptive_lr(lr: Tensor, kl: Tensor, kl_threshold: float) -> Tensor:
     return torch.where(kl < 0.5 * kl_threshold, (lr * 1.5).clamp(max=1e-2), lr)
 
 
+def compiled(functions: List[Any], device: torch.device) -> List[Any]:
+    """The same functions, compiled; unchanged, with one warning, where there is no compiler."""
+    try:
+        torch.compile(lambda x: x.exp() + 1.0)(torch.ones(8, device=device))
+    except Exception as exc:
+        warn(f"--compile: torch.compile does not work here ({(str(exc).strip().splitlines() or [type(exc).__name__])[0]}): going on without it")
+        return functions
+    return [torch.compile(f, mode="reduce-overhead" if device.type == "cuda" else "default") for f in functions]
+
+
 class PPOAgent:
     """Owns model, optimizer, rollout buffers and counters; `train` is the loop. What observers may read is rl_games' by name."""
 
@@ -1277,6 +1289,9 @@ class PPOAgent:
         for tensor in self.model.state_dict().values() if WORLD_SIZE > 1 else ():
             together(dist.broadcast, tensor, 0)  # each process has a seed of its own
         self.lr = torch.tensor(args.learning_rate, device=self.device)
+        self.act, self.gae, self.ppo_loss = self.model.act, gae, ppo_loss
+        if args.compile:
+            self.act, self.gae, self.ppo_loss = compiled([self.act, self.gae, self.ppo_loss], self.device)
         # fused: one kernel, and it takes the learning rate as a tensor
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr, eps=1e-8, fused=True)
         self.minibatch_size = min(args.minibatch_size, args.num_envs * args.num_steps)
@@ -1301,8 +1316,9 @@ class PPOAgent:
         """
         buffer, env_seconds = self.buffer, 0.0
         buffer["first_done"].copy_(self.dones)  # the envs that the first step resets
+        noise = torch.randn_like(buffer["actions"])
         for t in range(self.args.num_steps):
-            action, logprob, value, mu = self.model.act(self.obs)
+            action, logprob, value, mu = self.act(self.obs, noise[t])
             for name, x in (("obs", self.obs), ("actions", action), ("logprobs", logprob), ("values", value), ("mus", mu)):
                 buffer[name][t] = x
 
@@ -1329,7 +1345,7 @@ class PPOAgent:
             # An episode cut by the clock has a future (Pardo et al. 2018). V(s_{t+1}) would be the exact thing to add, but some tasks
             # return the next episode's first observation there, so, like rl_games, take V(s_t), one step off and always right.
             shaped = shaped + args.gamma * buffer["values"] * buffer["time_outs"]
-        advantages = gae(shaped, buffer["values"], buffer["dones"], model.value(self.obs), args.gamma, args.gae_lambda)
+        advantages = self.gae(shaped, buffer["values"], buffer["dones"], model.value(self.obs), args.gamma, args.gae_lambda)
         # A step whose action the env ignored, because it had to reset, must teach nothing. Left in, it tells the critic that the
         # state at the end of an episode is worth as much as a fresh start (rl_games leaves it in, and learns Cartpole slower).
         ignored = torch.cat((buffer["first_done"].unsqueeze(0), buffer["dones"][:-1])) * getattr(self.env, "next_step_autoreset", False)
@@ -1367,7 +1383,7 @@ class PPOAgent:
             epoch_kl = torch.zeros((), device=self.device)
             for rows in minibatches:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=args.mixed_precision and self.device.type == "cuda"):
-                    loss, mu, logstd, losses = ppo_loss(model, Batch(*(x[rows] for x in batch)), args)
+                    loss, mu, logstd, losses = self.ppo_loss(model, Batch(*(x[rows] for x in batch)), args)
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 # How far from the policy that acted; that is what the clipped ratio trusts. (rl_games: since the last pass over these
@@ -1616,7 +1632,8 @@ def play(args: Args, env, path: str, state: Dict[str, Any]) -> Dict[str, float]:
         folder = os.path.dirname(folder) if os.path.basename(folder) == "nn" else folder  # the run's
         env.start(os.path.join(folder, "videos", f"play_epoch_{state['epoch']}.gif"))
     while int(episode.min()) < quota:
-        action = model.act(obs)[0] if args.stochastic else model(model.norm_obs(obs))[0]
+        noise = torch.randn(env.num_envs, env.num_acts, device=device) * args.stochastic
+        action = model.act(obs, noise)[0]
         obs, reward, done, _ = env.step(action.clamp(-1.0, 1.0) if args.clip_actions else action)
         obs = obs["obs"].to(device)
         returns[episode, envs] += reward
