@@ -77,7 +77,7 @@ class Meter:
         self.env, self.steps, self.rollouts, self.solved = env, 0, [], None
         self.running = torch.zeros(env.num_envs)
         self.finished = torch.zeros(num_steps, env.num_envs)  # returns where an episode ended, else nan
-        self.window = torch.zeros(0)
+        self.window, self.returns = torch.zeros(0), []
 
     def __getattr__(self, name):
         return getattr(self.env, name)
@@ -97,6 +97,7 @@ class Meter:
         self.running.masked_fill_(over, 0.0)
         if t == len(self.finished) - 1:
             self.window = torch.cat((self.window, self.finished[~self.finished.isnan()]))[-256:]
+            self.returns.append(round(float(self.window.mean()), 1) if len(self.window) else None)
             if self.solved is None and len(self.window) == 256 and self.window.mean() >= 470.0:
                 self.solved = (time.time(), self.steps * self.num_envs)
         return obs, reward, done, infos
@@ -125,6 +126,10 @@ def mlp(size, units):
 def ours(env, args, folder):
     train_ppo.make_env = lambda _: env
     train_ppo.Runner(train_ppo.replace(args, train_dir=folder), train_ppo.MultiObserver([train_ppo.RLGPUAlgoObserver()])).run()
+
+
+def ours_compiled(env, args, folder):
+    ours(env, train_ppo.replace(args, compile=True), folder)
 
 
 def rl_games(env, args, folder, torch_compile=False):
@@ -164,7 +169,7 @@ def rl_games(env, args, folder, torch_compile=False):
 
 
 def rl_games_compiled(*args):
-    # its default; what it compiles is cached on disk, so only the very first run waits for all of it
+    # its default; what it compiles is cached on disk, as ours is, so only the very first run waits for all of it
     rl_games(*args, torch_compile=True)
 
 
@@ -316,8 +321,8 @@ def stable_baselines3(env, args, folder):
 
 
 TRAINERS = {  # name: function, the package that must be installed
-    "train_ppo": (ours, "torch"), "rl_games": (rl_games, "rl-games"), "rl_games compiled": (rl_games_compiled, "rl-games"),
-    "rsl_rl": (rsl_rl, "rsl-rl-lib"), "skrl": (skrl, "skrl"), "stable-baselines3": (stable_baselines3, "stable-baselines3")}
+    "train_ppo": (ours, "torch"), "train_ppo compiled": (ours_compiled, "torch"), "rl_games": (rl_games, "rl-games"),
+    "rl_games compiled": (rl_games_compiled, "rl-games"), "rsl_rl": (rsl_rl, "rsl-rl-lib"), "skrl": (skrl, "skrl"), "stable-baselines3": (stable_baselines3, "stable-baselines3")}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -340,11 +345,12 @@ def one(name, which, threads, epochs, seed):
     assert env.steps == epochs * args.num_steps, f"{env.steps} steps were taken"
     steps, (begin, begin_cpu) = (epochs - WARM_UP) * args.num_steps * env.num_envs, env.rollouts[WARM_UP]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
-    started = STARTED if name == "train_ppo" else STARTED + BORROWED
+    started = STARTED if name.startswith("train_ppo") else STARTED + BORROWED
     return {"trainer": name, "env": which, "threads": threads, "seed": seed, "env_steps": env.steps * env.num_envs,
             "seconds": end - env.rollouts[0][0], "env_steps_per_second": steps / (end - begin),
             "env_steps_per_cpu_second": steps / (end_cpu - begin_cpu),  # not in the table; for machines that are busy with other things
-            "seconds_to_470": env.solved and env.solved[0] - started, "env_steps_to_470": env.solved and env.solved[1], "peak_mb": peak}
+            "seconds_to_470": env.solved and env.solved[0] - started, "env_steps_to_470": env.solved and env.solved[1], "peak_mb": peak,
+            "returns": env.returns}  # of the last 256 episodes, after each epoch; for pictures.py
 
 
 def run(name, which, threads, epochs, seed):
