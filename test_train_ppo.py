@@ -1839,6 +1839,55 @@ def test_readme_snippets_run(here):
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4] and all("losses/a_loss" in line for line in lines), done.stdout
 
 
+@pytest.mark.skipif(train_ppo.importlib.util.find_spec("mjlab") is None, reason="needs mjlab, on Python 3.10 or newer")
+def test_mjlab_snippet_from_the_readme_trains(tmp_path):
+    """The adapter as copied from the README, on mjlab's Cartpole made quick to judge.
+
+    Short episodes: 50 steps, and 40 in every other env, which ends by a termination, so that what is cut off and what only ends differ.
+    """
+    (tmp_path / "mjlab_env.py").write_text(next(s for s in snippets("python") if "mjlab_env.py" in s.splitlines()[0]))
+    (tmp_path / "short.py").write_text(textwrap.dedent("""
+        import mjlab_env
+        import torch
+        from mjlab.managers.termination_manager import TerminationTermCfg
+        from mjlab.tasks.registry import load_env_cfg, register_mjlab_task
+
+        cfg = load_env_cfg(mjlab_env.TASK)
+        cfg.episode_length_s = 2.5
+        cfg.terminations["even"] = TerminationTermCfg(lambda env: (env.episode_length_buf >= 40) & (torch.arange(env.num_envs) % 2 == 0))
+        register_mjlab_task("Short", cfg, cfg, None)
+        mjlab_env.TASK = "Short"
+
+
+        class Counted(mjlab_env.Mjlab):
+            def step(self, actions):
+                obs, reward, done, infos = super().step(actions)
+                infos.update(ended=done.float().mean(), cut=infos["time_outs"].float().mean())
+                return obs, reward, done, infos
+
+
+        def make_env(num_envs, device, seed):
+            env = Counted(num_envs, device, seed)
+            env.set_env_state({"common_step_counter": 1000})
+            return env
+    """))
+    _, err = shell("--env-id", "short:make_env", "--device", "cpu", "--num-envs", "256", "--num-steps", "16", "--max-epochs", "20",
+                   "--games-to-track", "256", "--experiment", "r", cwd=tmp_path)
+    assert re.findall("^warning: .*", err, re.M) == [], "no observer was dropped, no time_outs were missed"
+    curves = {tag: [v for _, v in points] for tag, points in scalars(tmp_path / "runs/r").items()}
+    lengths = curves["episode_lengths/iter"]
+    assert lengths[0] < 20 and all(43 < x < 46 for x in lengths[7:]), "the first episodes are of any length, for the others see above"
+    assert np.mean(curves["ended/iter"][5:]) == pytest.approx((1 / 40 + 1 / 50) / 2, rel=0.1), "episodes a step"
+    assert np.mean(curves["cut/iter"][5:]) == pytest.approx(1 / 50 / 2, rel=0.1), "a termination is not a time-out"
+    assert len(curves["Episode/Episode_Reward/smooth_reward"]) == 20 and {"Episode/Episode_Termination/time_out", "Episode/Episode_Termination/even"} < set(curves)
+    reward = curves["rewards/iter"]
+    assert reward[-1] > 1.2 * reward[7] > 0, "it learns: episodes of the same length earn more"
+    assert load_checkpoint(str(tmp_path / "runs/r/nn/last.pth"))["env_state"] == {"common_step_counter": 1000 + 1 + 20 * 16}
+    out, _ = shell("--play", "--checkpoint", "runs/r/nn/last.pth", "--num-envs", "32", "--device", "cpu", cwd=tmp_path)
+    mean = float(re.search(r"reward mean (\S+) .*, mean length 45\.0, 32 episodes", out).group(1))
+    assert mean > 1.2 * reward[7], "--play sees whole episodes of the trained policy"
+
+
 def test_readme_lists_every_argument():
     """Name, default and meaning of each, word for word as in Args."""
     source = (HERE / "train_ppo.py").read_text()
