@@ -228,7 +228,8 @@ RL_GAMES_NAMES = dict(
 #     reset()        -> {"obs": (E, O) float32}
 #     step(actions)  -> {"obs": (E, O)}, reward (E,), done (E,), infos; it resets finished envs by itself
 #     infos["time_outs"]  (E,) where the episode was cut by the clock; infos["episode"], any scalar: logged
-#     optional: max_episode_length, clip_obs (the range of its observations, for export), get_env_state(), set_env_state(state), set_train_info(frame, algo), close(),
+#     optional: max_episode_length, clip_obs (the range of its observations, for export), get_env_state(), set_env_state(state),
+#               set_train_info(frame, algo) before each rollout, render(mode="rgb_array"), close(),
 #               exact_state = True: get_env_state() holds the whole simulation, so a run can continue to the last bit
 #               next_step_autoreset = True: the step after a done ignores its action and resets; the update leaves it out
 # ======================================================================================================================
@@ -573,7 +574,8 @@ class ActorCritic(nn.Module):
 
         width = units[-1] if units else num_obs
         self.a2c_network = net = nn.Module()
-        net.sigma = nn.Parameter(torch.full((num_acts,), sigma_init))  # the log of sigma, by rl_games' name
+        # the log of the standard deviation, by rl_games' name: the same in every state, one number an action, learned like a weight
+        net.sigma = nn.Parameter(torch.full((num_acts,), sigma_init))
         net.actor_mlp = mlp()
         if separate:
             net.critic_mlp = mlp()
@@ -1196,7 +1198,15 @@ def plain(value: Any) -> Any:
 
 
 # ======================================================================================================================
-# 7  PPO  (Schulman et al. 2017, https://arxiv.org/abs/1707.06347), with rl_games' details
+# 7  PPO, with rl_games' details
+#
+#     Schulman et al. 2017      Proximal policy optimization algorithms                        https://arxiv.org/abs/1707.06347
+#     Schulman et al. 2015      High-dimensional continuous control using GAE                  https://arxiv.org/abs/1506.02438
+#     Pardo et al. 2018         Time limits in reinforcement learning                          https://arxiv.org/abs/1712.00378
+#     Andrychowicz et al. 2020  What matters in on-policy reinforcement learning?              https://arxiv.org/abs/2006.05990
+#     Huang et al. 2022         The 37 implementation details of PPO                           (ICLR blog track)
+#     Makoviychuk et al. 2021   Isaac Gym: thousands of envs on one GPU, short rollouts        https://arxiv.org/abs/2108.10470
+#     Rudin et al. 2021         Learning to walk in minutes: what to tune with so many envs    https://arxiv.org/abs/2109.11978
 # ======================================================================================================================
 
 
@@ -1231,10 +1241,13 @@ def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Tensor, Tens
     """-> loss (), the new mean actions (n, A) and log std (A,), and (5,) policy, value, entropy and bounds loss, and clip fraction."""
     mu, logstd, value = model(batch.obs)
     mu, value = mu.float(), value.float()  # of bfloat16 under mixed_precision: ratios near 1 need all their digits
+    # Schulman et al. 2017, eq. 7: once the ratio has left the clip range in the direction that pays, its gradient is zero, so several
+    # passes over one batch cannot run off with the policy. The min keeps the gradient that leads back.
     ratio = (log_prob(batch.actions, mu, logstd) - batch.logprobs).exp()
     clipped = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
     policy_loss = -torch.min(batch.advantages * ratio, batch.advantages * clipped).mean()
 
+    # clipped like the ratio: rl_games and the original code do it; Andrychowicz et al. 2020 found that it does not help
     value_loss = (value - batch.returns).square()
     if args.clip_vloss:
         value_clipped = batch.values + (value - batch.values).clamp(-args.clip_coef, args.clip_coef)
@@ -1296,6 +1309,8 @@ class PPOAgent:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr, eps=1e-8, fused=True)
         self.minibatch_size = min(args.minibatch_size, args.num_envs * args.num_steps)
 
+        # many envs, few steps each: a rollout is as large as with one env and long episodes, but comes in a fraction of the time
+        # (Makoviychuk et al. 2021, Rudin et al. 2021); what lies beyond its T steps is the value function's to say
         T, E, O, A = args.num_steps, env.num_envs, env.num_obs, env.num_acts
         self.buffer = {name: torch.zeros(T, E, *shape, device=self.device) for name, shape in dict(
             obs=(O,), actions=(A,), mus=(A,), logprobs=(), values=(), rewards=(), dones=(), time_outs=()).items()}
@@ -1368,6 +1383,7 @@ class PPOAgent:
             if args.normalize_value:
                 model.value_mean_std.update(returns.unsqueeze(1))
             returns, advantages, weight = model.norm_value(returns), flat(advantages), flat(weight)
+            # over the whole rollout: the step size then does not depend on the reward's scale (Huang et al. 2022, detail 7)
             if args.norm_adv:
                 total, n = average(torch.stack((advantages.sum(), weight.sum())))
                 advantages = weight * (advantages - total / n)
@@ -1466,7 +1482,8 @@ class PPOAgent:
             self.total_time += epoch_time
             self.frame += args.num_steps * self.env.num_envs * WORLD_SIZE
 
-            stop_signal, overdue = self.agree(self.stop_signal, bool(args.save_every_minutes) and time.monotonic() - self.last_save > 60 * args.save_every_minutes)
+            minutes = (time.monotonic() - self.last_save) / 60
+            stop_signal, overdue = self.agree(self.stop_signal, 0 < args.save_every_minutes < minutes)
             if RANK == 0:
                 self.write_stats(figures, step_time, play_time, epoch_time)
             self.save_checkpoints(bool(overdue))
@@ -1583,8 +1600,9 @@ class PPOAgent:
     def set_full_state_weights(self, state: Dict[str, Any]) -> bool:
         """Continue from `state`. True if exactly, False if the env had to start new episodes."""
         others = state.get("other_processes", [])
-        if RANK > 0:  # a process that is new starts new episodes
-            state = {**state, **(others[RANK - 1] if RANK <= len(others) else {"obs": torch.zeros(0), "finished": {"rows": torch.zeros(0, 3), "count": 0}})}
+        if RANK > 0:
+            new = {"obs": torch.zeros(0), "finished": {"rows": torch.zeros(0, 3), "count": 0}}  # it starts new episodes
+            state = {**state, **(others[RANK - 1] if RANK <= len(others) else new)}
         self.model.load_state_dict(state["model"])
         ours = {"lr": self.lr, "fused": True, "foreach": None, "capturable": False}  # how a step is computed, not what it computes
         groups = [{**group, **ours} for group in state["optimizer"]["param_groups"]]
@@ -1870,8 +1888,8 @@ class Runner:
             agent.model.load_state_dict(state["model"])
             what += f" from the weights of {path}"
         batch = args.num_envs * args.num_steps
-        log(f"{what}\n{f'{WORLD_SIZE} processes x ' if WORLD_SIZE > 1 else ''}{args.num_envs} envs x {args.num_steps} steps, {args.update_epochs} passes of {batch // agent.minibatch_size} "
-            f"minibatches of {agent.minibatch_size}; writing to {run_dir}")
+        log(f"{what}\n{f'{WORLD_SIZE} processes x ' if WORLD_SIZE > 1 else ''}{args.num_envs} envs x {args.num_steps} steps, "
+            f"{args.update_epochs} passes of {batch // agent.minibatch_size} minibatches of {agent.minibatch_size}; writing to {run_dir}")
 
         def stop(signum, _frame):
             agent.stop_signal = signum
