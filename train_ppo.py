@@ -894,7 +894,7 @@ class WandbAlgoObserver(AlgoObserver):
                 self.run = wandb.init(
                     project=self.args.wandb_project_name, entity=self.args.wandb_entity or None, group=self.args.wandb_group or None,
                     tags=self.args.wandb_tags or None, name=experiment_name, id=config["wandb_run_id"], resume="allow",
-                    dir=config["run_dir"], config=config, mode=mode)
+                    dir=os.path.abspath(config["run_dir"]), config=config, mode=mode)
                 for axis in ("global_step", "epoch", "time"):
                     self.run.define_metric(axis)
                 return
@@ -1461,7 +1461,7 @@ class PPOAgent:
     def stop_for_bad_numbers(self, what: str) -> None:
         path = os.path.join(self.config["run_dir"], f"nan_dump{f'_{RANK}' if RANK else ''}.pth")
         with contextlib.suppress(OSError):
-            save_checkpoint(plain({**self.get_own_state(), "model": self.model.state_dict(), "buffer": self.buffer, "what": what}), path)
+            save_checkpoint({**self.get_full_state_weights(gather=False), "buffer": self.buffer, "what": what}, path)
         raise TrainingError(f"NaN or Inf in {what}, epoch {self.epoch_num}: stopped; nothing of this epoch was saved but {path}, to look into")
 
     def train(self) -> None:
@@ -1582,10 +1582,10 @@ class PPOAgent:
             "running": self.episodes.running, "finished": self.episodes.finished.state_dict(), "rng": get_rng_state(self.device),
         }
 
-    def get_full_state_weights(self) -> Dict[str, Any]:
+    def get_full_state_weights(self, gather: bool = True) -> Dict[str, Any]:
         """Everything that the run is, copied, as plain tensors, numbers, strings, lists and dicts. For all processes to call."""
         everyones: List[Any] = [None] * WORLD_SIZE
-        if WORLD_SIZE > 1:
+        if WORLD_SIZE > 1 and gather:
             together(dist.gather_object, plain(self.get_own_state()), everyones if RANK == 0 else None)
         optimizer = self.optimizer.state_dict()
         optimizer["param_groups"] = [{**group, "lr": float(self.lr), "fused": None} for group in optimizer["param_groups"]]  # as rl_games has it
