@@ -1748,6 +1748,8 @@ def test_video_is_written_and_logged(here, capsys):
     rows = wandb_run(wandb_records("runs/r")[0])[2]
     sent = [row["video/path"] if "video/path" in row else row["video"]["path"] for row in rows if "video" in row or "video/path" in row]
     assert len(sent) == 2 and all(any(Path("runs/r/wandb").glob(f"offline-run-*/files/{path}")) for path in sent)
+    main(["--play", "--checkpoint", "runs/r", "--num-envs", "2"])
+    assert "play_epoch_6.gif" not in os.listdir("runs/r/videos"), "only when asked for"
     main(["--play", "--checkpoint", "runs/r", "--num-envs", "2", "--capture-video", "--video-length", "5"])
     assert "runs/r/videos/play_epoch_6.gif" in capsys.readouterr().out and Path("runs/r/videos/play_epoch_6.gif").exists()
 

@@ -1184,8 +1184,10 @@ def set_rng_state(state: Dict[str, Any], device: torch.device) -> None:
 
 def plain(value: Any) -> Any:
     """A copy of `value` as tensors, numbers, strings, lists and dicts, the only things that a checkpoint may hold."""
-    if value is None or isinstance(value, (bool, int, float, str, Tensor)):
-        return value.detach().clone() if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return value.clone()  # under no_grad: without its history
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -1534,17 +1536,17 @@ class PPOAgent:
 
     def save_checkpoints(self, overdue: bool) -> None:
         """best.pth at each new best mean reward over a full window, epoch_<N>.pth every save_frequency epochs."""
-        args, folder = self.args, os.path.join(self.config["run_dir"], "nn")
+        args, folder, state = self.args, os.path.join(self.config["run_dir"], "nn"), None
         if self.full_window and self.epoch_num >= args.save_best_after and self.mean_rewards > self.last_mean_rewards:
             self.last_mean_rewards, self.best_epoch = self.mean_rewards, self.epoch_num
-            self.best_state = self.get_full_state_weights()
+            state = self.best_state = self.get_full_state_weights()
         periodic = bool(args.save_frequency) and self.epoch_num % args.save_frequency == 0
         # A run with epochs of milliseconds may find a new best in each: it waits in memory, at most five seconds, and always goes to
         # disk before a file that knows of it.
         if periodic or overdue or time.monotonic() - self.last_best_save > 5.0:
             self.save_best()
         if periodic:
-            self.save(os.path.join(folder, f"epoch_{self.epoch_num}.pth"))
+            self.save(os.path.join(folder, f"epoch_{self.epoch_num}.pth"), state)
             if args.keep_last and RANK == 0:
                 saved = sorted(int(name[6:-4]) for name in os.listdir(folder) if re.fullmatch(r"epoch_\d+\.pth", name))
                 for epoch in saved[:-args.keep_last]:
@@ -1582,6 +1584,7 @@ class PPOAgent:
             "running": self.episodes.running, "finished": self.episodes.finished.state_dict(), "rng": get_rng_state(self.device),
         }
 
+    @torch.no_grad()
     def get_full_state_weights(self, gather: bool = True) -> Dict[str, Any]:
         """Everything that the run is, copied, as plain tensors, numbers, strings, lists and dicts. For all processes to call."""
         everyones: List[Any] = [None] * WORLD_SIZE
@@ -1940,6 +1943,8 @@ def parse_args(argv: Optional[List[str]] = None) -> Args:
         _, state = find_checkpoint(first.checkpoint or first.init_from, quiet=True)  # the Runner says what was skipped
         # what a run was started for is not part of what it is
         known = {f.name for f in fields(Args)} - {"checkpoint", "init_from", "play", "games", "stochastic", "export", "device"}
+        if first.play:
+            known.remove("capture_video")
         if first.init_from:
             known = {"units", "activation", "separate", "normalize_input", "normalize_value"}
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in state["args"].items() if k in known}

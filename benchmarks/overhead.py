@@ -2,8 +2,8 @@
 
     python benchmarks/overhead.py [PAIRS]
 
-Both jobs of a pair train in one process and take turns of five epochs, so that a machine that gets slower or faster slows or speeds up
-both. What TensorBoard's own thread does is counted where it gets in the way.
+Both jobs train in one process and take turns of five epochs, so that a machine that gets slower or faster slows or speeds up both. A pair
+is two such trainings, in the second of which the other job starts first: the first one to start is slower, also if both do the same.
 """
 import contextlib
 import io
@@ -13,7 +13,6 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Dict
 
 import torch
 
@@ -69,8 +68,8 @@ def job(folder: str, on: bool) -> None:
     runner.train(env, "", None)
 
 
-def pair() -> Dict[bool, float]:
-    seconds.update({True: 0.0, False: 0.0})
+def train_both(first: bool) -> None:
+    whose[0] = first
     full, bare_thread, train = PPOAgent, None, PPOAgent.train
 
     def train_then_pass_on(agent):
@@ -82,24 +81,24 @@ def pair() -> Dict[bool, float]:
     train_ppo.PPOAgent = lambda *args: (Bare if threading.current_thread() is bare_thread else full)(*args)
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            jobs = [threading.Thread(target=job, args=(folder, on)) for on in (True, False)]
-            bare_thread = jobs[1]
-            for thread in jobs:
+            jobs = {on: threading.Thread(target=job, args=(folder, on)) for on in (first, not first)}
+            bare_thread = jobs[False]
+            for thread in jobs.values():
                 thread.start()
-            for thread in jobs:
+            for thread in jobs.values():
                 thread.join()
     finally:
         PPOAgent.train, train_ppo.PPOAgent = train, full
-    return dict(seconds)
 
 
 if __name__ == "__main__":
     pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    pair()  # warm up
+    train_both(True)  # warm up
     overheads = []
     for i in range(pairs):
-        whose[0] = bool(i % 2)
-        times = pair()
-        overheads.append(100 * (times[True] / times[False] - 1))
-        print(f"pair {i + 1}: on {times[True]:.2f} s, off {times[False]:.2f} s: {overheads[-1]:+.1f} %", flush=True)
+        seconds.update({True: 0.0, False: 0.0})
+        train_both(True)
+        train_both(False)
+        overheads.append(100 * (seconds[True] / seconds[False] - 1))
+        print(f"pair {i + 1}: on {seconds[True]:.2f} s, off {seconds[False]:.2f} s: {overheads[-1]:+.1f} %", flush=True)
     print(f"median of {pairs} pairs: {statistics.median(overheads):+.1f} %")

@@ -1,18 +1,11 @@
 """Make the README's pictures, in docs/.
 
-    pip install -r benchmarks/requirements.txt matplotlib
-    python benchmarks/pictures.py cartpole        docs/cartpole.gif: the policy before and after training
-    python benchmarks/pictures.py curves          docs/curves.png: five seeds here and with rl_games (about 3 minutes on 2 cores)
-    python benchmarks/pictures.py tensorboard     docs/tensorboard.png: needs Chromium
+    python benchmarks/pictures.py     docs/cartpole.gif: the policy of the first epoch and the trained one
 """
-import json
 import os
-import signal
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(HERE)
@@ -51,47 +44,5 @@ def frame_at(gif, t: int) -> None:
             return
 
 
-def curves() -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4), facecolor="white")
-    for name, color in (("rl_games", "#d9822b"), ("train_ppo", "#1f4e79")):
-        runs = []
-        for seed in range(1, 6):
-            command = [sys.executable, os.path.join(HERE, "compare.py"), "--one", name, "--env", "cartpole", "--threads", "1", "--seed", str(seed)]
-            runs.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)["returns"])
-            axes.plot([512 * 16 * (i + 1) / 1000 for i in range(100)], runs[-1], color=color, alpha=0.3, linewidth=1)
-        means = [statistics.mean(values) for values in zip(*runs)]
-        axes.plot([512 * 16 * (i + 1) / 1000 for i in range(100)], means, color=color, linewidth=2.5, label=f"{name}, mean of seeds 1 to 5")
-        print(name, {epoch: round(means[epoch - 1]) for epoch in (20, 40, 60, 80, 100)})
-    axes.set(xlabel="thousand env steps", ylabel="mean return of the last 256 episodes", xlim=(0, 820), ylim=(0, 510))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.tight_layout()
-    os.makedirs(DOCS, exist_ok=True)
-    figure.savefig(os.path.join(DOCS, "curves.png"), dpi=110)
-
-
-def tensorboard() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, SCRIPT, "--experiment", "Cartpole"], cwd=folder, check=True)
-        server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", "--logdir", "runs", "--port", "6116"], cwd=folder)
-        try:
-            time.sleep(15)
-            os.makedirs(DOCS, exist_ok=True)
-            subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-                            "--disable-sync", "--no-first-run", f"--user-data-dir={folder}/browser", "--window-size=1300,1500", "--virtual-time-budget=30000",
-                            "--hide-scrollbars", f"--screenshot={DOCS}/tensorboard.png", "http://localhost:6116/?darkMode=false#timeseries"], check=True)
-        finally:
-            server.send_signal(signal.SIGINT)
-            server.wait()
-
-
 if __name__ == "__main__":
-    wanted = {"cartpole": cartpole, "curves": curves, "tensorboard": tensorboard}.get(sys.argv[1] if len(sys.argv) == 2 else "")
-    if wanted is None:
-        sys.exit(__doc__)
-    wanted()
+    cartpole()
