@@ -55,6 +55,13 @@ def at_once(call, items):
         return list(pool.map(call, items))
 
 
+def forkserver():
+    """Makes real processes that have torch imported already; the first optimizer would import _dynamo, for over a second."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_train_ppo", "torch._dynamo"])
+    return context
+
+
 def scalars(run_dir):
     """{tag: [(step, value), ...]} of all event files of a run, in the order in which they were written; nothing is purged."""
     found = {}
@@ -535,8 +542,7 @@ def wandb_server_runs(tmp_path_factory):
         _, err = shell(*SMALL, "--track", "--experiment", "r", cwd=folder, env=env, script=script)
         return folder, server, err, time.time() - (folder / "runs/r/nn/last.pth").stat().st_mtime
 
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(SERVER_TROUBLES, pool.map(run, SERVER_TROUBLES)))
+    return dict(zip(SERVER_TROUBLES, at_once(run, SERVER_TROUBLES)))
 
 
 @pytest.mark.parametrize("trouble", SERVER_TROUBLES)
@@ -1513,8 +1519,7 @@ def test_kill_dash_nine_at_any_moment_loses_nothing(tmp_path):
     import random
 
     kills, rng = int(os.environ.get("KILLS", "30")), random.Random(0)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_train_ppo", "torch._dynamo"])  # the first optimizer imports it, for over a second
+    context = forkserver()
     epochs = str(6 * kills)
     flags = ["--num-envs", "16", "--num-steps", "8", "--update-epochs", "2", "--save-frequency", "1", "--save-best-after", "1", "--max-epochs", epochs]
 
@@ -1785,8 +1790,9 @@ def spying_env(num_envs, device, seed):
     return env
 
 
-def as_rank(environ, arguments, prefix):
+def as_rank(folder, environ, arguments, prefix):
     """Target of a process: what torchrun starts, without the seconds of importing torch."""
+    os.chdir(folder)
     os.environ.update(environ)
     for fd, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{prefix}.{name}", os.O_WRONLY | os.O_CREAT), fd)
@@ -1800,12 +1806,11 @@ def processes(n, *arguments, trouble="", timeout=120):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_train_ppo", "torch._dynamo"])
+    context = forkserver()
     arguments = ["--env-id", "test_train_ppo:spying_env", "--num-envs", "16", "--save-frequency", "100", *arguments]
     base = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n), "TROUBLE": trouble}
     folder, results = tempfile.mkdtemp(), []
-    started = [context.Process(target=in_folder, args=(os.getcwd(), as_rank, {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}, arguments, f"{folder}/{rank}"))
+    started = [context.Process(target=as_rank, args=(os.getcwd(), {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}, arguments, f"{folder}/{rank}"))
                for rank in range(n)]
     for process in started:
         process.start()
@@ -1815,11 +1820,6 @@ def processes(n, *arguments, trouble="", timeout=120):
         process.join()
         results.append((process.exitcode, Path(f"{folder}/{rank}.out").read_text(), Path(f"{folder}/{rank}.err").read_text()))
     return results
-
-
-def in_folder(folder, target, *args):
-    os.chdir(folder)
-    target(*args)
 
 
 def noted(rank):

@@ -25,6 +25,7 @@ Shapes: T = num_steps, E = num_envs, N = T * E, O = num_obs, A = num_acts.
 """
 import codecs
 import contextlib
+import functools
 import importlib
 import importlib.util
 import io
@@ -96,6 +97,10 @@ def log(message: str) -> None:
 def warn(message: str) -> None:
     if RANK == 0:
         tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def first_line(exc: BaseException) -> str:
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]
 
 
 def together(collective: Any, *args, **kwargs) -> None:
@@ -899,9 +904,8 @@ class WandbAlgoObserver(AlgoObserver):
                     self.run.define_metric(axis)
                 return
             except Exception as exc:
-                reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
                 then = f"recording offline, upload later with: wandb sync {config['run_dir']}/wandb/offline-run-*"
-                warn(f"W&B failed to start: {reason}; {then if mode is None else 'training goes on without it'}")
+                warn(f"W&B failed to start: {first_line(exc)}; {then if mode is None else 'training goes on without it'}")
                 self._in_time(wandb.teardown)  # a failed start spoils the next one; clearing it away may wait for the network again
 
     def after_print_stats(self, frame, epoch_num, total_time) -> None:
@@ -926,12 +930,12 @@ class WandbAlgoObserver(AlgoObserver):
             algo, nn = self.algo, os.path.join(self.algo.config["run_dir"], "nn")
             best = algo.last_mean_rewards if algo.best_epoch else None
             self.run.summary.update({"best_reward": best, "best_epoch": algo.best_epoch or None, "stop_reason": algo.stop_reason})
-            for name in sorted(os.listdir(nn)) if self.args.wandb_upload == "all" else ["best.pth"] if self.args.wandb_upload == "best" else ():
-                path, epoch = os.path.join(nn, name), re.sub(r"\D", "", name)
-                if os.path.exists(path):
-                    about = {"epoch": algo.best_epoch, "reward": best} if name == "best.pth" else {"epoch": int(epoch or algo.epoch_num)}
+            for name in sorted(os.listdir(nn)):
+                if self.args.wandb_upload == "all" or (self.args.wandb_upload == "best" and name == "best.pth"):
+                    epoch = int(re.sub(r"\D", "", name) or algo.epoch_num)
+                    about = {"epoch": algo.best_epoch, "reward": best} if name == "best.pth" else {"epoch": epoch}
                     artifact = wandb.Artifact(f"{self.run.id}-{name[:-4]}", type="model", metadata=about)
-                    artifact.add_file(path)
+                    artifact.add_file(os.path.join(nn, name))
                     self.run.log_artifact(artifact)
             for _ in range(32):  # W&B <= 0.24 writes its file in blocks of 32 KiB; the config, 1 KiB or more, pushes the last rows out
                 self.run.config.persist()
@@ -1080,7 +1084,7 @@ def load_checkpoint(path: str) -> Dict[str, Any]:
     except pickle.UnpicklingError:
         raise UserError(f"{path} is not a checkpoint of plain tensors and numbers (it asks to run code): refused")
     except Exception as exc:
-        raise UserError(f"{path} is damaged or not a checkpoint: {(str(exc).splitlines() or [type(exc).__name__])[0]}")
+        raise UserError(f"{path} is damaged or not a checkpoint: {first_line(exc)}")
     missing = [key for key in ("model", "optimizer", "epoch", "frame") if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(f"{path} is not a checkpoint of train_ppo.py or of rl_games' PPO: it lacks {', '.join(missing)}")
@@ -1091,6 +1095,7 @@ def load_checkpoint(path: str) -> Dict[str, Any]:
     return state
 
 
+@functools.lru_cache(maxsize=None)  # once: torch would keep them again with each call
 def allow_numpy_scalars() -> None:
     """rl_games keeps its best reward as a numpy number: let weights_only read those, by the names that numpy 1 and 2 give them."""
 
@@ -1128,9 +1133,13 @@ def from_rl_games(state: Dict[str, Any], path: str) -> Dict[str, Any]:
         "last_mean_rewards": best if best > -1e8 else -math.inf, "env_state": state.get("env_state"),
         "args": sizes, "num_obs": num_obs, "num_acts": num_acts, "lr": state["optimizer"]["param_groups"][0]["lr"],
         # what it does not keep
-        "best_epoch": 0, "total_time": 0.0, "clip_obs": None, "obs": torch.zeros(0), "observers": {},
-        "finished": {"rows": torch.zeros(0, 3), "count": 0},
+        "best_epoch": 0, "total_time": 0.0, "clip_obs": None, "observers": {}, **new_episodes(),
     }
+
+
+def new_episodes() -> Dict[str, Any]:
+    """For a state that does not hold where its environments were: they start anew, and so does the window of episodes."""
+    return {"obs": torch.zeros(0), "finished": {"rows": torch.zeros(0, 3), "count": 0}}
 
 
 def newest_checkpoint(run_dir: str, quiet: bool = False) -> Tuple[str, Dict[str, Any]]:
@@ -1282,7 +1291,7 @@ def compiled(functions: List[Any], device: torch.device) -> List[Any]:
     try:
         torch.compile(lambda x: x.exp() + 1.0)(torch.ones(8, device=device))
     except Exception as exc:
-        warn(f"--compile: torch.compile does not work here ({(str(exc).strip().splitlines() or [type(exc).__name__])[0]}): going on without it")
+        warn(f"--compile: torch.compile does not work here ({first_line(exc)}): going on without it")
         return functions
     return [torch.compile(f, mode="reduce-overhead" if device.type == "cuda" else "default") for f in functions]
 
@@ -1309,6 +1318,7 @@ class PPOAgent:
             self.act, self.gae, self.ppo_loss = compiled([self.act, self.gae, self.ppo_loss], self.device)
         # fused: one kernel, and it takes the learning rate as a tensor
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr, eps=1e-8, fused=True)
+        self.epoch_frames = args.num_steps * env.num_envs * WORLD_SIZE
         self.minibatch_size = min(args.minibatch_size, args.num_envs * args.num_steps)
 
         # many envs, few steps each: a rollout is as large as with one env and long episodes, but comes in a fraction of the time
@@ -1482,7 +1492,7 @@ class PPOAgent:
             figures = self.update()
             epoch_time = time.perf_counter() - start
             self.total_time += epoch_time
-            self.frame += args.num_steps * self.env.num_envs * WORLD_SIZE
+            self.frame += self.epoch_frames
 
             minutes = (time.monotonic() - self.last_save) / 60
             stop_signal, overdue = self.agree(self.stop_signal, 0 < args.save_every_minutes < minutes)
@@ -1507,14 +1517,14 @@ class PPOAgent:
 
     def epoch_line(self, figures: Dict[str, float], left: float, times: Tuple[float, ...]) -> str:
         """One epoch for the console, the most important first: a narrow terminal cuts off the rest."""
-        fps = "/".join(f"{self.args.num_steps * self.env.num_envs * WORLD_SIZE / max(t, 1e-9) / 1000:.0f}k" for t in times)
+        fps = "/".join(f"{self.epoch_frames / max(t, 1e-9) / 1000:.0f}k" for t in times)
         episodes = f"reward {figures['reward']:.2f} length {figures['length']:.1f}" if figures["finished"] else "no episode finished yet"
         return (f"epoch {self.epoch_num}/{self.args.max_epochs} left {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d} "
                 f"{episodes} lr {figures['lr']:.1e} fps {fps} frames {self.frame:,}")
 
     def write_stats(self, figures: Dict[str, float], step_time: float, play_time: float, epoch_time: float) -> None:
         """Give the epoch's metrics, by rl_games' names, to the writer, and then the observers their turn."""
-        write, frame, frames = self.writer.add_scalar, self.frame, self.args.num_steps * self.env.num_envs * WORLD_SIZE
+        write, frame, frames = self.writer.add_scalar, self.frame, self.epoch_frames
         for name, value in dict(
             step_inference_rl_update_fps=frames / epoch_time, step_inference_fps=frames / play_time, step_fps=frames / max(step_time, 1e-9),
             rl_update_time=epoch_time - play_time, step_inference_time=play_time, step_time=step_time).items():
@@ -1604,8 +1614,7 @@ class PPOAgent:
         """Continue from `state`. True if exactly, False if the env had to start new episodes."""
         others = state.get("other_processes", [])
         if RANK > 0:
-            new = {"obs": torch.zeros(0), "finished": {"rows": torch.zeros(0, 3), "count": 0}}  # it starts new episodes
-            state = {**state, **(others[RANK - 1] if RANK <= len(others) else new)}
+            state = {**state, **(others[RANK - 1] if RANK <= len(others) else new_episodes())}
         self.model.load_state_dict(state["model"])
         ours = {"lr": self.lr, "fused": True, "foreach": None, "capturable": False}  # how a step is computed, not what it computes
         groups = [{**group, **ours} for group in state["optimizer"]["param_groups"]]
@@ -1841,7 +1850,7 @@ class Runner:
         finally:
             if hasattr(env, "close"):
                 env.close()
-            if WORLD_SIZE > 1:
+            if WORLD_SIZE > 1 and dist.get_backend() == "nccl":  # gloo's needs no farewell, and torch 2.4 sometimes hung in it
                 dist.destroy_process_group()
 
     def train(self, env, path: str, state: Optional[Dict[str, Any]]) -> Dict[str, Any]:
