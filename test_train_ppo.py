@@ -10,6 +10,8 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -68,6 +70,8 @@ def scalars(run_dir):
     for path in sorted(Path(run_dir, "summaries").glob("events*"), key=lambda p: p.stat().st_mtime):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
+                if value.tag == "video":
+                    continue
                 assert value.tensor.float_val, value
                 found.setdefault(value.tag, []).append((event.step, value.tensor.float_val[0]))
     return found
@@ -1157,13 +1161,14 @@ ISAACGYM = {
             assert cfg["env"]["numEnvs"] == num_envs
             assert not cfg["sim"]["use_gpu_pipeline"] and not cfg["sim"]["physx"]["use_gpu"], "a GPU pipeline without a GPU"
             assert torch.initial_seed() == int(seed), "make(seed) seeds nothing: whoever calls it must"
-            return Task(cfg)
+            return Task(cfg, virtual_screen_capture and not headless)
         class Task:
             # reward 1 - mean |action - obs|; auto-resets on the step after done; all buffers are reused
             num_acts = num_actions = 2
             num_obs = num_observations = 3
             max_episode_length = 30
-            def __init__(self, cfg):
+            def __init__(self, cfg, has_screen):
+                self.has_screen = has_screen
                 n = self.num_envs = cfg["env"]["numEnvs"]
                 self.obs_buf, self.rew_buf = torch.zeros(n, 3), torch.zeros(n)
                 self.reset_buf, self.progress_buf = torch.ones(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
@@ -1184,6 +1189,9 @@ ISAACGYM = {
                 self.extras["episode"] = {"level": torch.tensor(float(self.curriculum))}
                 self.obs_dict["obs"] = torch.clamp(self.obs_buf, -5, 5)
                 return self.obs_dict, self.rew_buf, self.reset_buf, self.extras
+            def render(self, mode="rgb_array"):
+                if self.has_screen and mode == "rgb_array":  # else None, also for a viewer without a virtual screen
+                    return torch.full((8, 12, 3), int(self.progress_buf[0])).numpy()
             def set_train_info(self, env_frames, *args):
                 self.curriculum += 1
             def get_env_state(self):
@@ -1309,6 +1317,8 @@ pytest_hydra = pytest.mark.skipif(train_ppo.importlib.util.find_spec("hydra") is
 
 @pytest_hydra
 def test_isaacgym_task_trains_with_its_own_settings(isaacgym):
+    from PIL import Image
+
     out, err = shell("--env-id", "Ant", "--num-steps", "16", "--experiment", "r", cwd=isaacgym)
     args = load_checkpoint(str(isaacgym / "runs/r/nn/last.pth"))["args"]
     expected = dict(num_steps=16, units=[24, 12], sigma_init=-0.5, mixed_precision=True, reward_scale=0.01, gamma=0.98, gae_lambda=0.9, learning_rate=3e-4,
@@ -1320,8 +1330,10 @@ def test_isaacgym_task_trains_with_its_own_settings(isaacgym):
     assert [v for _, v in found["Episode/level"]] == [1, 2, 3, 4, 5, 6]
     assert (isaacgym / "runs/r/nn/best.pth").exists()
 
-    out, _ = shell("--checkpoint", "runs/r", "--max-epochs", "8", cwd=isaacgym)
+    out, err = shell("--checkpoint", "runs/r", "--max-epochs", "8", "--capture-video", "--video-frequency", "2", "--video-length", "4", cwd=isaacgym)
     assert "the env cannot be restored: it starts new episodes" in out
+    with Image.open(str(isaacgym / "runs/r/videos/epoch_7.gif")) as gif:
+        assert gif.size == (12, 8) and gif.n_frames == 4 and "warning" not in err, "drawn on a virtual screen, for which there must be a viewer"
     assert [v for _, v in scalars(isaacgym / "runs/r")["Episode/level"]] == [1, 2, 3, 4, 5, 6, 7, 8], "the curriculum goes on"
     out, _ = shell("--play", "--checkpoint", "runs/r", "--num-envs", "5", cwd=isaacgym)
     assert "mean length 30.0, 5 episodes" in out
@@ -1881,18 +1893,50 @@ def snippets(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
 
 
-def test_readme_snippets_run(here):
-    """The env and the observer of the README, as copied from it."""
-    env, observer = (next(s for s in snippets("python") if name in s.splitlines()[0]) for name in ("my_env.py", "my_observer.py"))
-    Path("my_env.py").write_text(env)
-    Path("my_observer.py").write_text(observer)
-    shell("--env-id", "my_env:make_env", "--max-epochs", "30", "--experiment", "r", "--save-best-after", "5", cwd=here)
-    rewards = [v for _, v in scalars("runs/r")["rewards/iter"]]
-    assert rewards[-1] > rewards[0] + 5, "it learns"
-    done = subprocess.run([sys.executable, "my_observer.py", *SMALL], cwd=str(here), env={**os.environ, "PYTHONPATH": str(HERE)}, stdout=subprocess.PIPE,
-                          universal_newlines=True, check=True)
-    lines = [json.loads(line) for line in Path("metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2, 3, 4] and all("losses/a_loss" in line for line in lines), done.stdout
+def readme_commands():
+    """Each command of the README's bash blocks, on one line, without comments; of `pip install ... && command` the command."""
+    text = "\n".join(snippets("bash")).replace("\\\n", " ")
+    lines = [re.sub(r"\s+", " ", line.split("#")[0].split("&&")[-1]).strip() for line in text.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_readme_commands_work_as_printed(default_run):
+    """All that need neither Isaac Gym, a GPU nor an installation, in the README's order where one needs what another wrote."""
+    elsewhere = ("pip install", "git clone", "python -m pytest", "--env-id Ant", "mjlab_env:make_env")  # the last: in the next test
+    found = [command for command in readme_commands() if not any(part in command for part in elsewhere)]
+    assert len(found) == 14 and found[0] == "python train_ppo.py"
+    cwd, _, _, run_dir = default_run
+    shutil.copy(SCRIPT, str(cwd))
+    for name in ("my_env.py", "my_observer.py"):
+        (cwd / name).write_text(next(s for s in snippets("python") if name in s.splitlines()[0]))
+    environ = {**os.environ, "WANDB_MODE": "offline", "CUDA_VISIBLE_DEVICES": "", "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
+
+    def run(command):
+        command = shlex.split(command.replace("NAME", run_dir.name)) + (["--port", "0"] if command.startswith("tensorboard") else [])
+        process = subprocess.Popen(command, cwd=str(cwd), env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "(Press CTRL+C to quit)" in line:  # TensorBoard is up
+                process.terminate()
+        assert process.wait() == 0 or command[0] == "tensorboard", "".join(lines)
+        return "".join(lines)
+
+    # those that write to runs/NAME one after the other, beside them those that start a run of their own
+    same = [command for command in found[1:] if "NAME" in command]
+    others = [command for command in found[1:] if command not in same]
+    out = {}
+    at_once(lambda commands: out.update((command, run(command)) for command in commands), [same, others])
+    for part, expected in {
+            "--checkpoint runs/NAME": "is complete: 100 of 100 epochs", "--max-epochs 200": "stopped after epoch 200",
+            "epoch_50.pth": "branching off", "--init-from": "from the weights of", "--play": "512 episodes", "--export": "largest difference",
+            "--capture-video": "stopped after epoch 100", "torchrun": "2 processes x 512 envs", "tensorboard": "http://"}.items():
+        command = next(command for command in found if part in command)
+        assert expected in out[command] and "warning" not in out[command] and "Traceback" not in out[command], f"{command}\n{out[command]}"
+    rewards = [float(x) for x in re.findall(r"reward ([-\d.]+) length", out["python train_ppo.py --env-id my_env:make_env"])]
+    assert rewards[-1] > rewards[0] + 5, "the README's env is learned"
+    lines = [json.loads(line) for line in (cwd / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, 21)) and all("losses/a_loss" in line for line in lines)
 
 
 @pytest.mark.skipif(train_ppo.importlib.util.find_spec("mjlab") is None, reason="needs mjlab, on Python 3.10 or newer")

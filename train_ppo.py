@@ -192,7 +192,7 @@ class Args:
     value_bootstrap: bool = True  # add gamma * V(s) to the reward where an episode was cut by the clock
     reward_scale: float = 0.1  # multiplies rewards before learning (rl_games: reward_shaper.scale_value)
     clip_actions: bool = True  # clip actions to [-1, 1] on their way to the env
-    mixed_precision: bool = False  # bfloat16 autocast in the update, on CUDA only
+    mixed_precision: bool = False  # bfloat16 autocast in the update: for large networks, on a GPU or a CPU with bfloat16 instructions
     compile: bool = False  # torch.compile policy, GAE and loss (on CUDA with graphs): faster epochs after a slow start
 
     # network
@@ -315,7 +315,7 @@ class Cartpole:
             draw.rectangle((cart - 40, ground - 20, cart + 40, ground + 20), fill="#1f4e79")
             draw.line((cart, ground, cart - 170 * math.sin(theta), ground - 170 * math.cos(theta)), fill="#d9822b", width=14)
             draw.ellipse((cart - 9, ground - 9, cart + 9, ground + 9), fill="white")
-        picture = picture.resize((600, 320))
+        picture = picture.reduce(2)
         draw = ImageDraw.Draw(picture)
         for i, steps in enumerate(self.progress[:4].tolist()):
             draw.text((i % 2 * 300 + 12, i // 2 * 160 + 10), f"{steps * 0.0166:.1f} s   reward {float(self.reward[i]):.2f}", fill="black")
@@ -494,11 +494,13 @@ class RecordVideo:
                 from PIL import Image
 
                 picture = Image.fromarray(np.asarray(self.env.render(mode="rgb_array"), dtype=np.uint8))
-                self.frames.append(picture.quantize(64))  # a palette of 64 colours: a third of the memory, and what a GIF holds
+                # a palette of 64 colours: a third of the memory, and what a GIF holds; octree takes a tenth of median cut's time
+                self.frames.append(picture.quantize(64, method=Image.Quantize.FASTOCTREE))
                 if len(self.frames) == self.args.video_length:
                     self.write()
             except Exception as exc:  # no render(), no picture from it, no Pillow, no space on the disk
-                self.works = warn(f"--capture-video: {self.args.env_id} gave no picture ({exc}): going on without video")
+                self.works = False
+                warn(f"--capture-video: {self.args.env_id} gave no picture ({exc}): going on without video")
         return result
 
     def write(self) -> None:
@@ -700,7 +702,7 @@ class Writer(SummaryWriter):
         self.scalars: Dict[str, float] = {}
         self.gifs: Dict[str, str] = {}  # {tag: path} of the epoch's videos
         self.pending: Dict[int, List[Summary.Value]] = {}
-        self.works: Optional[bool] = True
+        self.works = True
 
     def add_scalar(self, tag, scalar_value, global_step=None, *args, **kwargs) -> None:
         value = float(scalar_value)
@@ -720,7 +722,8 @@ class Writer(SummaryWriter):
             for step, values in self.pending.items() if self.works else ():
                 self.file_writer.add_summary(Summary(value=values), step)
         except Exception as exc:  # the disk is full, the folder gone: the curve stops, training does not
-            self.works = warn(f"TensorBoard events cannot be written any more ({exc}): training goes on without them")
+            self.works = False
+            warn(f"TensorBoard events cannot be written any more ({exc}): training goes on without them")
         self.pending.clear()
         self.scalars.clear()
         self.gifs.clear()
@@ -888,6 +891,8 @@ class WandbAlgoObserver(AlgoObserver):
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "60")  # seconds; the variable works in every version
         try:
             import wandb
+
+            self.wandb = wandb
         except ImportError:
             return warn("--track: wandb is not installed (pip install wandb): training goes on without it")
         for mode in (None, "offline"):  # None: as WANDB_MODE says, else online
@@ -916,17 +921,13 @@ class WandbAlgoObserver(AlgoObserver):
                 axis = {"iter": "epoch", "time": "time"}.get(tag.rsplit("/", 1)[-1], "global_step")
                 self.run.define_metric(tag, step_metric=axis)
                 self.defined.add(tag)
-            import wandb
-
-            gifs = {tag: wandb.Video(path, format="gif") for tag, path in getattr(self.writer, "gifs", {}).items()}
+            gifs = {tag: self.wandb.Video(path, format="gif") for tag, path in getattr(self.writer, "gifs", {}).items()}
             self.run.log({**self.writer.scalars, **gifs, "global_step": frame, "epoch": epoch_num, "time": total_time})
         except Exception as exc:
             self._leave(f"failed ({exc}): training goes on without it")
 
     def close(self) -> None:
         def finish():
-            import wandb
-
             algo, nn = self.algo, os.path.join(self.algo.config["run_dir"], "nn")
             best = algo.last_mean_rewards if algo.best_epoch else None
             self.run.summary.update({"best_reward": best, "best_epoch": algo.best_epoch or None, "stop_reason": algo.stop_reason})
@@ -934,7 +935,7 @@ class WandbAlgoObserver(AlgoObserver):
                 if self.args.wandb_upload == "all" or (self.args.wandb_upload == "best" and name == "best.pth"):
                     epoch = int(re.sub(r"\D", "", name) or algo.epoch_num)
                     about = {"epoch": algo.best_epoch, "reward": best} if name == "best.pth" else {"epoch": epoch}
-                    artifact = wandb.Artifact(f"{self.run.id}-{name[:-4]}", type="model", metadata=about)
+                    artifact = self.wandb.Artifact(f"{self.run.id}-{name[:-4]}", type="model", metadata=about)
                     artifact.add_file(os.path.join(nn, name))
                     self.run.log_artifact(artifact)
             for _ in range(32):  # W&B <= 0.24 writes its file in blocks of 32 KiB; the config, 1 KiB or more, pushes the last rows out
@@ -949,11 +950,10 @@ class WandbAlgoObserver(AlgoObserver):
                 self._leave("did not take everything in time")
 
     def _leave(self, why: str) -> None:
-        import wandb
-
         folder = os.path.relpath(os.path.dirname(self.run.dir))
-        self.run = warn(f"W&B {why}; upload the rest later with: wandb sync --include-online {folder}")
-        self._in_time(wandb.teardown)  # first of all it unregisters W&B's exit hook, which would wait without end
+        self.run = None
+        warn(f"W&B {why}; upload the rest later with: wandb sync --include-online {folder}")
+        self._in_time(self.wandb.teardown)  # first of all it unregisters W&B's exit hook, which would wait without end
 
     @staticmethod
     def _in_time(call, seconds: float = 2) -> bool:
@@ -991,34 +991,19 @@ class MultiObserver(AlgoObserver):
     def _call(self, hook: str, *args) -> Dict[str, Any]:
         return {type(observer).__name__: self._call_one(observer, hook, *args) for observer in list(self.observers)}
 
-    def state_dict(self):
-        return self._call("state_dict")
+    before_init = functools.partialmethod(_call, "before_init")
+    after_init = functools.partialmethod(_call, "after_init")
+    process_infos = functools.partialmethod(_call, "process_infos")
+    after_steps = functools.partialmethod(_call, "after_steps")
+    after_clear_stats = functools.partialmethod(_call, "after_clear_stats")
+    after_print_stats = functools.partialmethod(_call, "after_print_stats")
+    close = functools.partialmethod(_call, "close")
+    state_dict = functools.partialmethod(_call, "state_dict")
 
     def load_state_dict(self, state) -> None:
         for observer in list(self.observers):
             if state.get(type(observer).__name__):
                 self._call_one(observer, "load_state_dict", state[type(observer).__name__])
-
-    def before_init(self, *args):
-        self._call("before_init", *args)
-
-    def after_init(self, *args):
-        self._call("after_init", *args)
-
-    def process_infos(self, *args):
-        self._call("process_infos", *args)
-
-    def after_steps(self):
-        self._call("after_steps")
-
-    def after_clear_stats(self):
-        self._call("after_clear_stats")
-
-    def after_print_stats(self, *args):
-        self._call("after_print_stats", *args)
-
-    def close(self):
-        self._call("close")
 
 
 # ======================================================================================================================
@@ -1154,7 +1139,8 @@ def newest_checkpoint(run_dir: str, quiet: bool = False) -> Tuple[str, Dict[str,
         try:
             found.append((os.path.join(folder, name), load_checkpoint(os.path.join(folder, name))))
         except UserError as exc:
-            quiet or warn(f"{exc}: skipped")
+            if not quiet:
+                warn(f"{exc}: skipped")
     if not found:
         raise UserError(f"{run_dir} has no readable checkpoint (looked for {os.path.join(folder, '*.pth')})")
     return max(found, key=lambda item: (item[1]["epoch"], os.path.basename(item[0]) == "last.pth"))
@@ -1246,6 +1232,7 @@ class Batch(NamedTuple):
     advantages: Tensor  # (n,) normalised
     values: Tensor  # (n,) normalised, as predicted during the rollout
     returns: Tensor  # (n,) normalised
+    mus: Tensor  # (n, A) mean actions of the policy that acted
 
 
 def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -1307,7 +1294,7 @@ class PPOAgent:
         self.mean_rewards, self.last_mean_rewards, self.best_epoch = -math.inf, -math.inf, 0  # last_mean_rewards: the best so far
         self.stop_signal = 0  # set by Runner's signal handler: leave after this epoch
         self.stop_reason = "error"  # until train() returns
-        self.full_window = False  # whether mean_rewards is over as many episodes as it should be
+        self.games = 0.0  # finished episodes that mean_rewards is over: games_to_track, once there are so many
 
         self.model = make_model(args, env.num_obs, env.num_acts).to(self.device)
         for tensor in self.model.state_dict().values() if WORLD_SIZE > 1 else ():
@@ -1363,10 +1350,10 @@ class PPOAgent:
             self.algo_observer.process_infos(infos, done_indices)
         return env_seconds
 
-    def update(self) -> Dict[str, float]:
-        """Advantages from the buffers, then update_epochs passes of minibatch gradient steps. Returns the epoch's figures."""
+    @torch.no_grad()
+    def make_batch(self) -> Tuple[Batch, Tensor]:
+        """What there is to learn from the buffers, as (N, ...) rows by env, and (2,) figures: explained variance, longest episode."""
         args, model, buffer = self.args, self.model, self.buffer
-        self.check_rollout()
         shaped = args.reward_scale * buffer["rewards"]
         if args.value_bootstrap:
             # An episode cut by the clock has a future (Pardo et al. 2018). V(s_{t+1}) would be the exact thing to add, but some tasks
@@ -1383,26 +1370,32 @@ class PPOAgent:
         def flat(x: Tensor) -> Tensor:  # (T, E, ...) -> (N, ...) by env: with thousands of envs minibatches need no shuffling
             return x.transpose(0, 1).flatten(0, 1)
 
-        with torch.no_grad():
-            obs, values, returns = flat(buffer["obs"]), flat(buffer["values"]), flat(advantages + buffer["values"])
-            explained_variance = 1.0 - (returns - values).var() / returns.var().clamp(min=1e-8)
-            # statistics move once an epoch, between acting and learning, so that all passes over the batch see the same inputs
-            if args.normalize_input:
-                model.running_mean_std.update(obs)
-            if args.normalize_value:
-                model.value_mean_std.update(values.unsqueeze(1))
-            values = model.norm_value(values)
-            if args.normalize_value:
-                model.value_mean_std.update(returns.unsqueeze(1))
-            returns, advantages, weight = model.norm_value(returns), flat(advantages), flat(weight)
-            # over the whole rollout: the step size then does not depend on the reward's scale (Huang et al. 2022, detail 7)
-            if args.norm_adv:
-                total, n = average(torch.stack((advantages.sum(), weight.sum())))
-                advantages = weight * (advantages - total / n)
-                advantages /= (average(advantages.square().sum()) / n).sqrt() + 1e-8
-            batch = Batch(model.norm_obs(obs), flat(buffer["actions"]), flat(buffer["logprobs"]), advantages, values, returns)
-            old_mu, old_logstd = flat(buffer["mus"]), model.a2c_network.sigma.detach().clone()
-            minibatches = [slice(i, i + self.minibatch_size) for i in range(0, len(obs), self.minibatch_size)]
+        obs, values, returns = flat(buffer["obs"]), flat(buffer["values"]), flat(advantages + buffer["values"])
+        explained_variance = 1.0 - (returns - values).var() / returns.var().clamp(min=1e-8)
+        # statistics move once an epoch, between acting and learning, so that all passes over the batch see the same inputs
+        if args.normalize_input:
+            model.running_mean_std.update(obs)
+        if args.normalize_value:
+            model.value_mean_std.update(values.unsqueeze(1))
+        values = model.norm_value(values)
+        if args.normalize_value:
+            model.value_mean_std.update(returns.unsqueeze(1))
+        returns, advantages, weight = model.norm_value(returns), flat(advantages), flat(weight)
+        # over the whole rollout: the step size then does not depend on the reward's scale (Huang et al. 2022, detail 7)
+        if args.norm_adv:
+            total, n = average(torch.stack((advantages.sum(), weight.sum())))
+            advantages = weight * (advantages - total / n)
+            advantages /= (average(advantages.square().sum()) / n).sqrt() + 1e-8
+        batch = Batch(model.norm_obs(obs), flat(buffer["actions"]), flat(buffer["logprobs"]), advantages, values, returns, flat(buffer["mus"]))
+        return batch, torch.stack((explained_variance, longest))
+
+    def update(self) -> Dict[str, float]:
+        """update_epochs passes of minibatch gradient steps over what the buffers hold. Returns the epoch's figures."""
+        args, model = self.args, self.model
+        self.check_rollout()
+        batch, about_batch = self.make_batch()
+        old_logstd = model.a2c_network.sigma.detach().clone()
+        minibatches = [slice(i, i + self.minibatch_size) for i in range(0, len(batch.obs), self.minibatch_size)]
         if args.lr_schedule == "linear":
             self.lr.fill_(1e-6 + (args.learning_rate - 1e-6) * max(0.0, 1.0 - (self.epoch_num - 1) / args.max_epochs))
 
@@ -1410,13 +1403,14 @@ class PPOAgent:
         for _ in range(args.update_epochs):
             epoch_kl = torch.zeros((), device=self.device)
             for rows in minibatches:
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=args.mixed_precision and self.device.type == "cuda"):
-                    loss, mu, logstd, losses = self.ppo_loss(model, Batch(*(x[rows] for x in batch)), args)
+                part = Batch(*(x[rows] for x in batch))
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=args.mixed_precision):
+                    loss, mu, logstd, losses = self.ppo_loss(model, part, args)
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 # How far from the policy that acted; that is what the clipped ratio trusts. (rl_games: since the last pass over these
                 # rows, which lets the learning rate run up to its limit, and Cartpole falls back now and then after it is solved.)
-                kl = policy_kl(mu, logstd, old_mu[rows], old_logstd)
+                kl = policy_kl(mu, logstd, part.mus, old_logstd)
                 if WORLD_SIZE > 1:  # the processes' mean gradient and KL divergence, in one message
                     gradients = [p.grad for p in model.parameters()]
                     message = average(torch.cat([kl.view(1), *(g.flatten() for g in gradients)]))
@@ -1432,49 +1426,23 @@ class PPOAgent:
             if args.lr_schedule == "adaptive" and args.schedule_type == "standard":
                 self.lr.copy_(adaptive_lr(self.lr, epoch_kl, args.kl_threshold))
 
-        figures /= args.update_epochs * len(minibatches)
-        # the epoch's only transfer from the device
-        weights = torch.stack([p.detach().sum() for p in model.parameters()]).sum()  # NaN or Inf if any of them is
+        return self.fetch(figures / (args.update_epochs * len(minibatches)), about_batch)
+
+    def fetch(self, figures: Tensor, about_batch: Tensor) -> Dict[str, float]:
+        """The epoch's one transfer from the device: all figures, averaged over the processes, by name."""
+        weights = torch.stack([p.detach().sum() for p in self.model.parameters()]).sum()  # NaN or Inf if any of them is
         window = self.episodes.finished.rows
         finished = torch.full((1,), float(len(window)), device=self.device)
-        means = average(torch.cat((figures, torch.stack((self.lr, explained_variance, weights, longest)), window.sum(0), finished)))
-        names = ("a_loss", "c_loss", "entropy", "bounds_loss", "clipfrac", "kl", "lr", "explained_variance", "weights", "longest",
+        means = average(torch.cat((figures, about_batch, torch.stack((self.lr, weights)), window.sum(0), finished)))
+        names = ("a_loss", "c_loss", "entropy", "bounds_loss", "clipfrac", "kl", "explained_variance", "longest", "lr", "weights",
                  "reward", "shaped_reward", "length", "finished")
         figures = dict(zip(names, means.tolist()))
         self.check_update(figures)
         for name in ("reward", "shaped_reward", "length"):
             figures[name] /= max(figures["finished"], 1.0)
         if figures["finished"]:
-            self.mean_rewards, self.full_window = figures["reward"], figures["finished"] == args.games_to_track
+            self.mean_rewards, self.games = figures["reward"], figures["finished"]
         return figures
-
-    def check_rollout(self) -> None:
-        """A batch with NaN or Inf in it never reaches the weights, nor a checkpoint: name what went bad first, and stop."""
-        named = {"observations": "obs", "mean actions": "mus", "actions": "actions", "values": "values", "rewards": "rewards"}
-        good = torch.stack([self.buffer[name].sum() for name in named.values()]).isfinite().all()
-        if average(good.float()) == 1.0:  # the epoch's other wait for the device
-            return
-        bad = torch.stack([~self.buffer[name].isfinite().flatten(2).all(-1) if self.buffer[name].dim() > 2 else ~self.buffer[name].isfinite()
-                           for name in named.values()])  # (5, T, E)
-        if average(bad.any().float()) == 0.0:
-            return  # only a sum was too large
-        if not bad.any():
-            raise TrainingError(f"NaN or Inf in another process, which says more: process {RANK} stopped too, epoch {self.epoch_num}")
-        step = int(bad.any(0).any(1).nonzero()[0])
-        what = int(bad[:, step].any(1).nonzero()[0])
-        self.stop_for_bad_numbers(f"{list(named)[what]} of {int(bad[what, step].sum())} of {self.env.num_envs} envs at step {step + 1} of the rollout")
-
-    def check_update(self, figures: Dict[str, float]) -> None:
-        for name, what in (("a_loss", "the policy loss"), ("c_loss", "the value loss"), ("bounds_loss", "the bounds loss"),
-                           ("entropy", "the entropy"), ("kl", "the KL divergence"), ("weights", "the weights")):
-            if not math.isfinite(figures[name]):
-                self.stop_for_bad_numbers(what)
-
-    def stop_for_bad_numbers(self, what: str) -> None:
-        path = os.path.join(self.config["run_dir"], f"nan_dump{f'_{RANK}' if RANK else ''}.pth")
-        with contextlib.suppress(OSError):
-            save_checkpoint({**self.get_full_state_weights(gather=False), "buffer": self.buffer, "what": what}, path)
-        raise TrainingError(f"NaN or Inf in {what}, epoch {self.epoch_num}: stopped; nothing of this epoch was saved but {path}, to look into")
 
     def train(self) -> None:
         """The loop: until max_epochs or a stop signal. Everything that is logged or saved happens at the end of an epoch."""
@@ -1544,10 +1512,38 @@ class PPOAgent:
         self.algo_observer.after_print_stats(frame, self.epoch_num, self.total_time)
         self.writer.end_epoch()
 
+    def check_rollout(self) -> None:
+        """A batch with NaN or Inf in it never reaches the weights, nor a checkpoint: name what went bad first, and stop."""
+        named = {"observations": "obs", "mean actions": "mus", "actions": "actions", "values": "values", "rewards": "rewards"}
+        good = torch.stack([self.buffer[name].sum() for name in named.values()]).isfinite().all()
+        if average(good.float()) == 1.0:  # the epoch's other wait for the device
+            return
+        bad = ~torch.stack([self.buffer[name].reshape(*self.buffer["dones"].shape, -1).isfinite().all(-1) for name in named.values()])  # (5, T, E)
+        if average(bad.any().float()) == 0.0:
+            return  # only a sum was too large
+        if not bad.any():
+            raise TrainingError(f"NaN or Inf in another process, which says more: process {RANK} stopped too, epoch {self.epoch_num}")
+        step = int(bad.any(0).any(1).nonzero()[0])
+        what = int(bad[:, step].any(1).nonzero()[0])
+        self.stop_for_bad_numbers(f"{list(named)[what]} of {int(bad[what, step].sum())} of {self.env.num_envs} envs at step {step + 1} of the rollout")
+
+    def check_update(self, figures: Dict[str, float]) -> None:
+        for name, what in (("a_loss", "the policy loss"), ("c_loss", "the value loss"), ("bounds_loss", "the bounds loss"),
+                           ("entropy", "the entropy"), ("kl", "the KL divergence"), ("weights", "the weights")):
+            if not math.isfinite(figures[name]):
+                self.stop_for_bad_numbers(what)
+
+    def stop_for_bad_numbers(self, what: str) -> None:
+        path = os.path.join(self.config["run_dir"], f"nan_dump{f'_{RANK}' if RANK else ''}.pth")
+        with contextlib.suppress(OSError):
+            save_checkpoint({**self.get_full_state_weights(gather=False), "buffer": self.buffer, "what": what}, path)
+        raise TrainingError(f"NaN or Inf in {what}, epoch {self.epoch_num}: stopped; nothing of this epoch was saved but {path}, to look into")
+
     def save_checkpoints(self, overdue: bool) -> None:
         """best.pth at each new best mean reward over a full window, epoch_<N>.pth every save_frequency epochs."""
         args, folder, state = self.args, os.path.join(self.config["run_dir"], "nn"), None
-        if self.full_window and self.epoch_num >= args.save_best_after and self.mean_rewards > self.last_mean_rewards:
+        full_window = self.games == args.games_to_track
+        if full_window and self.epoch_num >= args.save_best_after and self.mean_rewards > self.last_mean_rewards:
             self.last_mean_rewards, self.best_epoch = self.mean_rewards, self.epoch_num
             state = self.best_state = self.get_full_state_weights()
         periodic = bool(args.save_frequency) and self.epoch_num % args.save_frequency == 0
@@ -1587,28 +1583,25 @@ class PPOAgent:
             self.warned_save = True
         return not self.warned_save
 
-    def get_own_state(self) -> Dict[str, Any]:
-        """The part of the state that each process has for itself."""
-        return {
-            "env_state": self.env.get_env_state() if hasattr(self.env, "get_env_state") else None, "obs": self.obs, "dones": self.dones,
-            "running": self.episodes.running, "finished": self.episodes.finished.state_dict(), "rng": get_rng_state(self.device),
-        }
-
     @torch.no_grad()
     def get_full_state_weights(self, gather: bool = True) -> Dict[str, Any]:
         """Everything that the run is, copied, as plain tensors, numbers, strings, lists and dicts. For all processes to call."""
+        own = plain({  # what each process has for itself
+            "env_state": self.env.get_env_state() if hasattr(self.env, "get_env_state") else None, "obs": self.obs, "dones": self.dones,
+            "running": self.episodes.running, "finished": self.episodes.finished.state_dict(), "rng": get_rng_state(self.device),
+        })
         everyones: List[Any] = [None] * WORLD_SIZE
         if WORLD_SIZE > 1 and gather:
-            together(dist.gather_object, plain(self.get_own_state()), everyones if RANK == 0 else None)
+            together(dist.gather_object, own, everyones if RANK == 0 else None)
         optimizer = self.optimizer.state_dict()
         optimizer["param_groups"] = [{**group, "lr": float(self.lr), "fused": None} for group in optimizer["param_groups"]]  # as rl_games has it
         return {**plain({
             "model": dict(self.model.state_dict()), "optimizer": optimizer, "epoch": self.epoch_num, "frame": self.frame,
-            "last_mean_rewards": self.last_mean_rewards, **self.get_own_state(),  # rl_games' keys are these and env_state
+            "last_mean_rewards": self.last_mean_rewards,  # rl_games' keys are these and, in own, env_state
             "format_version": FORMAT_VERSION, "num_obs": self.env.num_obs, "num_acts": self.env.num_acts,
             "clip_obs": float(getattr(self.env, "clip_obs", math.inf)), "lr": self.lr, "best_epoch": self.best_epoch,
             "total_time": self.total_time, "wandb_run_id": self.config["wandb_run_id"], "observers": self.algo_observer.state_dict(),
-        }), "args": self.args_dict, "other_processes": everyones[1:]}
+        }), **own, "args": self.args_dict, "other_processes": everyones[1:]}
 
     def set_full_state_weights(self, state: Dict[str, Any]) -> bool:
         """Continue from `state`. True if exactly, False if the env had to start new episodes."""
@@ -1808,6 +1801,30 @@ def describe_run(args: Args, run_dir: str, origin: Dict[str, Any]) -> Dict[str, 
     }
 
 
+def open_run_dir(args: Args, path: str, state: Optional[Dict[str, Any]]) -> Tuple[Any, str, bool, Dict[str, str]]:
+    """-> lock, the folder to train in, whether the checkpoint's run goes on in it, and for config.json where a new one comes from.
+
+    Only the newest file of a run folder goes on in that folder; from an older one, or under a new name, a new run branches off, so that
+    neither a better best.pth nor later epochs are ever overwritten.
+    """
+    home = os.path.dirname(os.path.dirname(os.path.abspath(path)))
+    is_newest = lambda: newest_checkpoint(home, quiet=True)[1]["epoch"] <= state["epoch"]  # noqa: E731
+    if (args.checkpoint and args.experiment == state["args"].get("experiment") and os.path.exists(os.path.join(home, "config.json"))
+            and (os.path.isdir(args.checkpoint) or is_newest())):
+        run_dir = os.path.relpath(home)
+        lock = claim_run_dir(run_dir)
+        if not is_newest():
+            raise UserError(f"{run_dir} was trained by another process until now: start again")
+        Writer.rewind(os.path.join(run_dir, "summaries"), state["epoch"])
+        return lock, run_dir, True, {}
+    origin = {} if state is None else {"branched_from" if args.checkpoint else "initialised_from": f"{path} (epoch {state['epoch']})"}
+    run_dir = make_run_dir(args)
+    lock = claim_run_dir(run_dir)
+    with open(os.path.join(run_dir, "config.json"), "w") as file:
+        json.dump(describe_run(args, run_dir, origin), file, indent=2)
+    return lock, run_dir, False, origin
+
+
 class Runner:
     """Runs what `args` say - train, continue or play - with the given observer. `.run()` returns a dict of results."""
 
@@ -1858,29 +1875,10 @@ class Runner:
         if state is not None:
             make_model(args, env.num_obs, env.num_acts, state)  # if the weights do not fit, say so before anything is written
             seed_everything(args.seed + RANK, args.torch_deterministic)
-        # Only the newest file of a run folder goes on in that folder; from an older one, or under a new name, a new run branches
-        # off, so that neither a better best.pth nor later epochs are ever overwritten.
-        home = os.path.dirname(os.path.dirname(os.path.abspath(path)))
-        continues = bool(args.checkpoint) and args.experiment == state["args"].get("experiment") and os.path.exists(os.path.join(home, "config.json"))
-        is_newest = lambda: newest_checkpoint(home, quiet=True)[1]["epoch"] <= state["epoch"]  # noqa: E731
-        continues = continues and (os.path.isdir(args.checkpoint) or is_newest())
-        origin = {} if continues or state is None else {
-            "branched_from" if args.checkpoint else "initialised_from": f"{path} (epoch {state['epoch']})"}
-        run_dir, lock = "", None
-        if RANK == 0:
-            run_dir = os.path.relpath(home) if continues else make_run_dir(args)
-            lock = claim_run_dir(run_dir)
-            if continues and not is_newest():
-                raise UserError(f"{run_dir} was trained by another process until now: start again")
-            if continues:
-                Writer.rewind(os.path.join(run_dir, "summaries"), state["epoch"])
-            else:
-                with open(os.path.join(run_dir, "config.json"), "w") as file:
-                    json.dump(describe_run(args, run_dir, origin), file, indent=2)
+        lock, *opened = open_run_dir(args, path, state) if RANK == 0 else [None] * 4
         if WORLD_SIZE > 1:
-            shared = [run_dir]
-            together(dist.broadcast_object_list, shared, 0)
-            run_dir = shared[0]
+            together(dist.broadcast_object_list, opened, 0)
+        run_dir, continues, origin = opened
 
         run_id = os.environ.get("WANDB_RUN_ID") or (state["wandb_run_id"] if continues else uuid.uuid4().hex[:8])
         config = {**asdict(args), **{theirs: getattr(args, ours) for theirs, ours in RL_GAMES_NAMES.items()}, **origin,
@@ -1932,7 +1930,8 @@ class Runner:
         script = f"python {os.path.relpath(__file__)}"
         best = os.path.join(run_dir, "nn", "best.pth")
         best = best if os.path.exists(best) else os.path.join(run_dir, "nn", "last.pth")  # of an older run than this one
-        log(f"\nstopped after epoch {agent.epoch_num} ({agent.stop_reason}), mean reward {agent.mean_rewards:.2f} over the last {agent.games_to_track} episodes")
+        reward = f"mean reward {agent.mean_rewards:.2f} over the last {agent.games:.0f} episodes" if agent.games else "no episode finished"
+        log(f"\nstopped after epoch {agent.epoch_num} ({agent.stop_reason}), {reward}")
         if agent.best_epoch:
             log(f"best      {agent.last_mean_rewards:.2f} at epoch {agent.best_epoch}")
         again = script if WORLD_SIZE == 1 else script.replace("python", f"torchrun --nproc-per-node={WORLD_SIZE}", 1)

@@ -132,6 +132,10 @@ def ours_compiled(env, args, folder):
     ours(env, train_ppo.replace(args, compile=True), folder)
 
 
+def ours_bfloat16(env, args, folder):
+    ours(env, train_ppo.replace(args, mixed_precision=True), folder)
+
+
 def rl_games(env, args, folder, torch_compile=False):
     # Differs: the KL divergence is that from the last pass; TensorBoard cannot be turned off.
     from rl_games.common import env_configurations, vecenv
@@ -321,8 +325,9 @@ def stable_baselines3(env, args, folder):
 
 
 TRAINERS = {  # name: function, the package that must be installed
-    "train_ppo": (ours, "torch"), "train_ppo compiled": (ours_compiled, "torch"), "rl_games": (rl_games, "rl-games"),
-    "rl_games compiled": (rl_games_compiled, "rl-games"), "rsl_rl": (rsl_rl, "rsl-rl-lib"), "skrl": (skrl, "skrl"), "stable-baselines3": (stable_baselines3, "stable-baselines3")}
+    "train_ppo": (ours, "torch"), "train_ppo compiled": (ours_compiled, "torch"), "train_ppo bfloat16": (ours_bfloat16, "torch"),
+    "rl_games": (rl_games, "rl-games"), "rl_games compiled": (rl_games_compiled, "rl-games"), "rsl_rl": (rsl_rl, "rsl-rl-lib"),
+    "skrl": (skrl, "skrl"), "stable-baselines3": (stable_baselines3, "stable-baselines3")}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
