@@ -2,11 +2,12 @@
 
     python benchmarks/limits.py          the README's tables (three minutes on 2 cores)
 
-Limits: the time that an epoch's update takes, next to the two numbers that bound it:
+Limits: the time that an epoch's update takes, next to three numbers that bound it:
 
     matmul        the network's multiplications and additions (forward, and twice that backward) at the rate of one large product
     memory        what any implementation that runs layer by layer moves, at the rate of copying a large tensor: each pass reads the
                   batch, writes each layer's output (before and after the activation) and their gradients, and reads each of them once
+    bare network  as many minibatches forward and backward through torch's layers alone: no loss, no statistics, no optimizer
 
 Growth: env steps/s end to end, and peak memory, of the built-in Cartpole; each in a process of its own.
 """
@@ -32,14 +33,14 @@ compare.torch = torch  # it imports torch only where it trains
 CPU = torch.device("cpu")
 
 
-def best(call, repeats=20):
-    """The shortest of some runs, in seconds: noise only ever slows down."""
+def timed(call, repeats, summary=statistics.median):
+    """Seconds."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return summary(times)
 
 
 def agent_for(args, env, folder):
@@ -49,11 +50,11 @@ def agent_for(args, env, folder):
 
 def limits():
     x = torch.randn(2048, 2048)
-    rate = 2 * 2048**3 / best(lambda: x @ x)
+    rate = 2 * 2048**3 / timed(lambda: x @ x, 20, min)
     big, copy = torch.zeros(2**26), torch.zeros(2**26)  # 256 MiB each: no cache holds them
-    bandwidth = 2 * 4 * 2**26 / best(lambda: copy.copy_(big))
+    bandwidth = 2 * 4 * 2**26 / timed(lambda: copy.copy_(big), 20, min)
     print(f"matmul {rate / 1e9:.0f} GFLOP/s, memory {bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} thread(s)\n")
-    print("| | matmul | memory | update, reached | rollout | of it in the env |\n|---|---:|---:|---:|---:|---:|")
+    print("| | matmul | memory | bare network | update, reached | rollout | of it in the env |\n|---|---:|---:|---:|---:|---:|---:|")
     args = Args(device="cpu", sim="torch", torch_threads=1, max_epochs=1000)
     ant = replace(args, num_envs=4096, minibatch_size=32768, update_epochs=4, units=(256, 128, 64))
     for name, args, env, epochs in (("Cartpole", args, Cartpole(512, CPU), 60), ("Ant-sized", ant, compare.Synthetic(4096), 6),
@@ -62,6 +63,14 @@ def limits():
         passes = args.update_epochs * env.num_envs * args.num_steps
         operations = passes * 3 * 2 * sum(a * b for a, b in zip(sizes, sizes[1:]))
         moved = passes * 4 * (env.num_obs + env.num_acts + 4 + 4 * (2 * sum(args.units) + sizes[-1]))
+        net, x = compare.mlp(env.num_obs, (*args.units, sizes[-1])), torch.randn(args.minibatch_size, env.num_obs)
+
+        def bare():
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.mixed_precision):
+                y = net(x)
+            y.sum().backward()
+
+        bare_seconds = timed(bare, epochs // 2) * passes / args.minibatch_size
         with tempfile.TemporaryDirectory() as folder:
             agent = agent_for(args, env, folder)
             times = []
@@ -72,7 +81,8 @@ def limits():
                 agent.update()
                 times.append((time.perf_counter() - middle, middle - start, in_env))
         update, rollout, in_env = (1000 * statistics.median(t[i] for t in times[1:]) for i in range(3))
-        print(f"| {name} | {1000 * operations / rate:.1f} ms | {1000 * moved / bandwidth:.1f} ms | {update:.1f} ms | {rollout:.1f} ms | {in_env:.1f} ms |", flush=True)
+        print(f"| {name} | {1000 * operations / rate:.1f} ms | {1000 * moved / bandwidth:.1f} ms | "
+              f"{1000 * bare_seconds:.1f} ms | {update:.1f} ms | {rollout:.1f} ms | {in_env:.1f} ms |", flush=True)
 
 
 def grow_one(num_envs):
@@ -80,7 +90,6 @@ def grow_one(num_envs):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         agent = agent_for(args, Cartpole(num_envs, CPU), folder)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         times, began = [], time.perf_counter()
         while len(times) < 4 or time.perf_counter() - began < 5:
             start = time.perf_counter()
@@ -89,7 +98,7 @@ def grow_one(num_envs):
             agent.update()
             times.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"rate": num_envs * args.num_steps / statistics.median(times[1:]), "before": before, "peak": peak}))
+    print(json.dumps({"rate": num_envs * args.num_steps / statistics.median(times[1:]), "peak": peak}))
 
 
 def growth():
