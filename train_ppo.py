@@ -16,7 +16,7 @@ Read it top to bottom. To find a thing, search for its section:
     3  NETWORKS       RunningMeanStd, ActorCritic
     4  METRICS        WindowMeter, EpisodeMeter, Writer (TensorBoard)
     5  OBSERVERS      AlgoObserver, RLGPUAlgoObserver, WandbAlgoObserver (how a metric reaches W&B), MultiObserver
-    6  CHECKPOINTS    save_checkpoint, load_checkpoint, from_rl_games, newest_checkpoint
+    6  CHECKPOINTS    save_checkpoint, load_checkpoint, from_rl_games, find_checkpoint
     7  PPO            gae, ppo_loss, PPOAgent: rollout, update, train; save_checkpoints (where best.pth is written)
     8  PLAY, EXPORT   play, export_policy
     9  RUNNER         run folder, stop signals, Runner, parse_args, main
@@ -50,7 +50,7 @@ import uuid
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Dict, List, Literal, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Literal, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -928,7 +928,7 @@ class WandbAlgoObserver(AlgoObserver):
 
     def close(self) -> None:
         def finish():
-            algo, nn = self.algo, os.path.join(self.algo.config["run_dir"], "nn")
+            algo, nn = self.algo, self.algo.nn_dir
             best = algo.last_mean_rewards if algo.best_epoch else None
             self.run.summary.update({"best_reward": best, "best_epoch": algo.best_epoch or None, "stop_reason": algo.stop_reason})
             for name in sorted(os.listdir(nn)):
@@ -1127,32 +1127,31 @@ def new_episodes() -> Dict[str, Any]:
     return {"obs": torch.zeros(0), "finished": {"rows": torch.zeros(0, 3), "count": 0}}
 
 
-def newest_checkpoint(run_dir: str, quiet: bool = False) -> Tuple[str, Dict[str, Any]]:
-    """(path, state) of a run folder's readable checkpoint with the highest epoch; broken ones are skipped aloud."""
-    folder = os.path.join(run_dir, "nn")
-    names = sorted(name for name in (os.listdir(folder) if os.path.isdir(folder) else ()) if name.endswith(".pth"))
-    numbered = sorted((name for name in names if re.fullmatch(r"epoch_\d+\.pth", name)), key=lambda name: -int(name[6:-4]))
-    found = []
-    for name in [name for name in names if name not in numbered] + numbered:
-        if found and os.path.basename(found[-1][0]) in numbered:
-            break  # the rest is older
+def periodic_names(names: Iterable[str]) -> List[str]:
+    """Those of the names that are epoch_<N>.pth, by N."""
+    return sorted((name for name in names if re.fullmatch(r"epoch_\d+\.pth", name)), key=lambda name: int(name[6:-4]))
+
+
+def find_checkpoint(path: str, quiet: bool = False) -> Tuple[str, Dict[str, Any]]:
+    """(file, state) for what --checkpoint or --init-from names: a file, or a run folder's readable one with the highest epoch."""
+    if not os.path.exists(path):
+        raise UserError(f"--checkpoint {path} does not exist: give a .pth file or a run folder such as runs/Cartpole_...")
+    if not os.path.isdir(path):
+        return path, load_checkpoint(path)
+    folder, found = os.path.join(path, "nn"), []
+    names = {name for name in (os.listdir(folder) if os.path.isdir(folder) else ()) if name.endswith(".pth")}
+    periodic = periodic_names(names)
+    for name in sorted(names.difference(periodic)) + periodic[::-1]:
         try:
             found.append((os.path.join(folder, name), load_checkpoint(os.path.join(folder, name))))
+            if name in periodic:
+                break  # the rest is older
         except UserError as exc:
             if not quiet:
                 warn(f"{exc}: skipped")
     if not found:
-        raise UserError(f"{run_dir} has no readable checkpoint (looked for {os.path.join(folder, '*.pth')})")
+        raise UserError(f"{path} has no readable checkpoint (looked for {os.path.join(folder, '*.pth')})")
     return max(found, key=lambda item: (item[1]["epoch"], os.path.basename(item[0]) == "last.pth"))
-
-
-def find_checkpoint(path: str, quiet: bool = False) -> Tuple[str, Dict[str, Any]]:
-    """(file, state) for what --checkpoint or --init-from names: a file or a run folder."""
-    if os.path.isdir(path):
-        return newest_checkpoint(path, quiet)
-    if not os.path.exists(path):
-        raise UserError(f"--checkpoint {path} does not exist: give a .pth file or a run folder such as runs/Cartpole_...")
-    return path, load_checkpoint(path)
 
 
 def get_rng_state(device: torch.device) -> Dict[str, Any]:
@@ -1289,6 +1288,7 @@ class PPOAgent:
     def __init__(self, args: Args, env, observer: AlgoObserver, writer: SummaryWriter, config: Dict[str, Any]):
         self.args, self.env, self.algo_observer, self.writer, self.config = args, env, observer, writer, config
         self.device = self.ppo_device = pick_device(args.device)
+        self.nn_dir = os.path.join(config["run_dir"], "nn")  # of checkpoints, by rl_games' name
         self.games_to_track, self.num_agents, self.args_dict = args.games_to_track, 1, plain(asdict(args))
         self.epoch_num, self.frame, self.total_time = 0, 0, 0.0
         self.mean_rewards, self.last_mean_rewards, self.best_epoch = -math.inf, -math.inf, 0  # last_mean_rewards: the best so far
@@ -1541,7 +1541,7 @@ class PPOAgent:
 
     def save_checkpoints(self, overdue: bool) -> None:
         """best.pth at each new best mean reward over a full window, epoch_<N>.pth every save_frequency epochs."""
-        args, folder, state = self.args, os.path.join(self.config["run_dir"], "nn"), None
+        args, state = self.args, None
         full_window = self.games == args.games_to_track
         if full_window and self.epoch_num >= args.save_best_after and self.mean_rewards > self.last_mean_rewards:
             self.last_mean_rewards, self.best_epoch = self.mean_rewards, self.epoch_num
@@ -1552,22 +1552,21 @@ class PPOAgent:
         if periodic or overdue or time.monotonic() - self.last_best_save > 5.0:
             self.save_best()
         if periodic:
-            self.save(os.path.join(folder, f"epoch_{self.epoch_num}.pth"), state)
+            self.save(f"epoch_{self.epoch_num}.pth", state)
             if args.keep_last and RANK == 0:
-                saved = sorted(int(name[6:-4]) for name in os.listdir(folder) if re.fullmatch(r"epoch_\d+\.pth", name))
-                for epoch in saved[:-args.keep_last]:
+                for name in periodic_names(os.listdir(self.nn_dir))[:-args.keep_last]:
                     with contextlib.suppress(OSError):
-                        os.remove(os.path.join(folder, f"epoch_{epoch}.pth"))
+                        os.remove(os.path.join(self.nn_dir, name))
         elif overdue:
-            self.save(os.path.join(folder, "last.pth"))
+            self.save("last.pth")
 
     def save_best(self) -> None:
-        if self.best_state is not None and self.save(os.path.join(self.config["run_dir"], "nn", "best.pth"), self.best_state):
+        if self.best_state is not None and self.save("best.pth", self.best_state):
             self.best_state, self.last_best_save = None, time.monotonic()
 
-    def save(self, path: str, state: Optional[Dict[str, Any]] = None, final: bool = False) -> bool:
+    def save(self, name: str, state: Optional[Dict[str, Any]] = None, final: bool = False) -> bool:
         """Save, or say why not: while training goes on there is a next time, at the end there is none. For all processes to call."""
-        state = state or self.get_full_state_weights()
+        path, state = os.path.join(self.nn_dir, name), state or self.get_full_state_weights()
         if RANK != 0:
             return True
         with contextlib.suppress(Exception):  # a writer that fails is reported where it writes
@@ -1808,7 +1807,7 @@ def open_run_dir(args: Args, path: str, state: Optional[Dict[str, Any]]) -> Tupl
     neither a better best.pth nor later epochs are ever overwritten.
     """
     home = os.path.dirname(os.path.dirname(os.path.abspath(path)))
-    is_newest = lambda: newest_checkpoint(home, quiet=True)[1]["epoch"] <= state["epoch"]  # noqa: E731
+    is_newest = lambda: find_checkpoint(home, quiet=True)[1]["epoch"] <= state["epoch"]  # noqa: E731
     if (args.checkpoint and args.experiment == state["args"].get("experiment") and os.path.exists(os.path.join(home, "config.json"))
             and (os.path.isdir(args.checkpoint) or is_newest())):
         run_dir = os.path.relpath(home)
@@ -1914,7 +1913,7 @@ class Runner:
                 agent.train()
             finally:
                 agent.save_best()
-            agent.save(os.path.join(run_dir, "nn", "last.pth"), final=True)
+            agent.save("last.pth", final=True)
         finally:
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
