@@ -770,10 +770,11 @@ def test_window_meter_is_a_deque():
 
 
 def test_episode_meter_counts_across_rollouts():
-    meter = EpisodeMeter(2, 10, torch.device("cpu"))
+    meter = EpisodeMeter(2, 10, 3, torch.device("cpu"))
     rewards = torch.tensor([[1.0, 10.0], [2.0, 20.0]])
-    meter.add_rollout(rewards, 2 * rewards, torch.zeros(2, 2))
-    meter.add_rollout(rewards, 2 * rewards, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    meter.add_rollout(rewards, 2 * rewards, torch.ones(2, 2), dones=torch.zeros(2, 2))
+    sums = meter.add_rollout(rewards, 2 * rewards, torch.ones(2, 2), dones=torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    assert sums[:, :, 2].tolist() == [[3, 3], [4, 1]], "lengths, step by step"
     assert meter.finished.rows.tolist() == [[40, 80, 3], [6, 12, 4]]
     assert meter.running.tolist() == [[0, 0, 0], [20, 40, 1]]
 

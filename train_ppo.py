@@ -24,6 +24,7 @@ Read it top to bottom. To find a thing, search for its section:
 Shapes: T = num_steps, E = num_envs, N = T * E, O = num_obs, A = num_acts.
 """
 import codecs
+import collections
 import contextlib
 import functools
 import importlib
@@ -674,21 +675,21 @@ class WindowMeter:
 
 
 class EpisodeMeter:
-    """Return, shaped return and length of each running episode, and of the last `games_to_track` finished ones."""
+    """Sums of `width` numbers over each running episode, and those of the last `games_to_track` finished ones."""
 
-    def __init__(self, num_envs: int, games_to_track: int, device: torch.device):
-        self.running = torch.zeros(num_envs, 3, device=device)
-        self.finished = WindowMeter(games_to_track, 3, device)
+    def __init__(self, num_envs: int, games_to_track: int, width: int, device: torch.device):
+        self.running = torch.zeros(num_envs, width, device=device)
+        self.finished = WindowMeter(games_to_track, width, device)
 
-    def add_rollout(self, rewards: Tensor, shaped_rewards: Tensor, dones: Tensor) -> Tensor:
-        """Three (T, E) tensors; returns the length of the longest episode that ended among them, 0 if none did."""
-        steps = torch.stack((rewards, shaped_rewards, torch.ones_like(rewards)), dim=-1)  # (T, E, 3)
-        for t in range(len(steps)):
-            self.running += steps[t]
-            steps[t] = self.running
-            self.running *= 1.0 - dones[t].unsqueeze(1)
-        self.finished.add(steps.flatten(0, 1), dones.flatten().bool())
-        return (steps[..., 2] * dones).max()
+    def add_rollout(self, *steps: Tensor, dones: Tensor) -> Tensor:
+        """`width` tensors (T, E); returns their sums since each episode's first step, (T, E, width)."""
+        sums, done = torch.stack(steps, dim=-1), dones.bool()
+        for t in range(len(sums)):
+            self.running += sums[t]
+            sums[t] = self.running
+            self.running.masked_fill_(done[t].unsqueeze(1), 0.0)
+        self.finished.add(sums.flatten(0, 1), done.flatten())
+        return sums
 
 
 class Writer(SummaryWriter):
@@ -811,22 +812,15 @@ class RLGPUAlgoObserver(AlgoObserver):
     def after_init(self, algo) -> None:
         super().after_init(algo)
         self.sums: Dict[str, Any] = {}  # "Episode/<key>" or scalar's key -> [sum, count] over the epoch
-        self.running: Dict[str, Tensor] = {}  # episode_cumulative key -> (E,) sum over the running episode
-        self.ended: Dict[str, List[Tuple[Tensor, Tensor]]] = {}  # key -> (sums, done) of each step of the epoch
-        self.windows: Dict[str, WindowMeter] = {}
+        self.steps: Dict[str, List[Tuple[Tensor, Tensor]]] = {}  # episode_cumulative key -> (value, done) of each step of the epoch
+        self.episodes = collections.defaultdict(lambda: EpisodeMeter(len(algo.dones), algo.games_to_track, 1, algo.device))
 
     def process_infos(self, infos, done_indices) -> None:
         for key, value in infos.get("episode", {}).items():
             value = torch.as_tensor(value, device=self.algo.device).detach().float()
             self._add("Episode/" + key, value.sum(), value.numel())
-        done = self.algo.dones.bool()
         for key, value in infos.get("episode_cumulative", {}).items():
-            if key not in self.running:
-                self.running[key] = torch.zeros_like(value, dtype=torch.float32)
-                self.windows[key] = WindowMeter(self.algo.games_to_track, 1, value.device)
-            total = self.running[key] + value
-            self.ended.setdefault(key, []).append((total, done))
-            self.running[key] = torch.where(done, 0.0, total)
+            self.steps.setdefault(key, []).append((value.to(self.algo.device, torch.float32, copy=True), self.algo.dones.bool()))
         self._add_scalars(infos, "")
 
     def _add_scalars(self, infos, prefix) -> None:
@@ -853,24 +847,24 @@ class RLGPUAlgoObserver(AlgoObserver):
                     self.writer.add_scalar(f"{key}/iter", mean, epoch_num)
                     self.writer.add_scalar(f"{key}/time", mean, total_time)
             self.sums.clear()
-        for key, ended in self.ended.items():
-            window, before = self.windows[key], self.windows[key].count
-            window.add(torch.cat([total for total, _ in ended]).unsqueeze(1), torch.cat([done for _, done in ended]))
+        for key, steps in self.steps.items():
+            values, dones = map(torch.stack, zip(*steps))
+            window, before = self.episodes[key].finished, self.episodes[key].finished.count
+            self.episodes[key].add_rollout(values, dones=dones)
             if window.count > before:  # only if episodes ended in this epoch
                 self.writer.add_scalar(f"episode_cumulative/{key}", window.rows.mean(), frame)
                 self.writer.add_scalar(f"episode_cumulative_min/{key}_min", window.rows.min(), frame)
                 self.writer.add_scalar(f"episode_cumulative_max/{key}_max", window.rows.max(), frame)
-        self.ended.clear()
+        self.steps.clear()
 
     def state_dict(self):
-        return {key: {"running": self.running[key], "window": window.state_dict()} for key, window in self.windows.items()}
+        return {key: {"running": meter.running[:, 0], "window": meter.finished.state_dict()} for key, meter in self.episodes.items()}
 
     def load_state_dict(self, state) -> None:
         for key, saved in state.items():
             if saved["running"].shape == self.algo.dones.shape:  # another num_envs starts anew
-                self.running[key] = saved["running"].to(self.algo.device)
-                self.windows[key] = WindowMeter(self.algo.games_to_track, 1, self.algo.device)
-                self.windows[key].load_state_dict(saved["window"])
+                self.episodes[key].running[:, 0] = saved["running"]
+                self.episodes[key].finished.load_state_dict(saved["window"])
 
 
 class WandbAlgoObserver(AlgoObserver):
@@ -1314,7 +1308,7 @@ class PPOAgent:
         self.buffer = {name: torch.zeros(T, E, *shape, device=self.device) for name, shape in dict(
             obs=(O,), actions=(A,), mus=(A,), logprobs=(), values=(), rewards=(), dones=(), time_outs=()).items()}
         self.buffer["first_done"] = torch.zeros(E, device=self.device)
-        self.episodes = EpisodeMeter(E, args.games_to_track, self.device)
+        self.episodes = EpisodeMeter(E, args.games_to_track, 3, self.device)  # returns, shaped returns and lengths
         self.obs = env.reset()["obs"].to(self.device)
         self.dones = torch.zeros(E, dtype=torch.bool, device=self.device)
         self.has_time_outs = self.warned_time_outs = self.warned_save = False
@@ -1365,7 +1359,7 @@ class PPOAgent:
         ignored = torch.cat((buffer["first_done"].unsqueeze(0), buffer["dones"][:-1])) * getattr(self.env, "next_step_autoreset", False)
         weight = 1.0 - ignored
         advantages *= weight
-        longest = self.episodes.add_rollout(buffer["rewards"], shaped, buffer["dones"])
+        lengths = self.episodes.add_rollout(buffer["rewards"], shaped, torch.ones_like(shaped), dones=buffer["dones"])[..., 2]
 
         def flat(x: Tensor) -> Tensor:  # (T, E, ...) -> (N, ...) by env: with thousands of envs minibatches need no shuffling
             return x.transpose(0, 1).flatten(0, 1)
@@ -1387,7 +1381,7 @@ class PPOAgent:
             advantages = weight * (advantages - total / n)
             advantages /= (average(advantages.square().sum()) / n).sqrt() + 1e-8
         batch = Batch(model.norm_obs(obs), flat(buffer["actions"]), flat(buffer["logprobs"]), advantages, values, returns, flat(buffer["mus"]))
-        return batch, torch.stack((explained_variance, longest))
+        return batch, torch.stack((explained_variance, (lengths * buffer["dones"]).max()))
 
     def update(self) -> Dict[str, float]:
         """update_epochs passes of minibatch gradient steps over what the buffers hold. Returns the epoch's figures."""
