@@ -602,10 +602,10 @@ class ActorCritic(nn.Module):
         return self.running_mean_std.normalize(obs) if self.normalize_input else obs
 
     def norm_value(self, value: Tensor) -> Tensor:
-        return self.value_mean_std.normalize(value.unsqueeze(-1)).squeeze(-1) if self.normalize_value else value
+        return self.value_mean_std.normalize(value) if self.normalize_value else value
 
     def denorm_value(self, value: Tensor) -> Tensor:
-        return self.value_mean_std.denormalize(value.unsqueeze(-1)).squeeze(-1) if self.normalize_value else value
+        return self.value_mean_std.denormalize(value) if self.normalize_value else value
 
     def forward(self, normed_obs: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """Normalised observations (n, O) -> mean action (n, A), log std (A,), normalised value (n,)."""
@@ -1389,15 +1389,14 @@ class PPOAgent:
         self.check_rollout()
         batch, about_batch = self.make_batch()
         old_logstd = model.a2c_network.sigma.detach().clone()
-        minibatches = [slice(i, i + self.minibatch_size) for i in range(0, len(batch.obs), self.minibatch_size)]
+        minibatches = [Batch(*rows) for rows in zip(*(x.split(self.minibatch_size) for x in batch))]
         if args.lr_schedule == "linear":
             self.lr.fill_(1e-6 + (args.learning_rate - 1e-6) * max(0.0, 1.0 - (self.epoch_num - 1) / args.max_epochs))
 
         figures = torch.zeros(6, device=self.device)  # sums of ppo_loss' five and of the KL divergence
         for _ in range(args.update_epochs):
             epoch_kl = torch.zeros((), device=self.device)
-            for rows in minibatches:
-                part = Batch(*(x[rows] for x in batch))
+            for part in minibatches:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=args.mixed_precision):
                     loss, mu, logstd, losses = self.ppo_loss(model, part, args)
                 self.optimizer.zero_grad(set_to_none=True)
@@ -1431,7 +1430,10 @@ class PPOAgent:
         names = ("a_loss", "c_loss", "entropy", "bounds_loss", "clipfrac", "kl", "explained_variance", "longest", "lr", "weights",
                  "reward", "shaped_reward", "length", "finished")
         figures = dict(zip(names, means.tolist()))
-        self.check_update(figures)
+        for name, what in (("a_loss", "the policy loss"), ("c_loss", "the value loss"), ("bounds_loss", "the bounds loss"),
+                           ("entropy", "the entropy"), ("kl", "the KL divergence"), ("weights", "the weights")):
+            if not math.isfinite(figures[name]):
+                self.stop_for_bad_numbers(what)
         for name in ("reward", "shaped_reward", "length"):
             figures[name] /= max(figures["finished"], 1.0)
         if figures["finished"]:
@@ -1512,20 +1514,13 @@ class PPOAgent:
         good = torch.stack([self.buffer[name].sum() for name in named.values()]).isfinite().all()
         if average(good.float()) == 1.0:  # the epoch's other wait for the device
             return
-        bad = ~torch.stack([self.buffer[name].reshape(*self.buffer["dones"].shape, -1).isfinite().all(-1) for name in named.values()])  # (5, T, E)
+        bad = ~torch.stack([self.buffer[name].unsqueeze(-1).flatten(2).isfinite().all(-1) for name in named.values()], dim=1)  # (T, 5, E)
         if average(bad.any().float()) == 0.0:
             return  # only a sum was too large
         if not bad.any():
             raise TrainingError(f"NaN or Inf in another process, which says more: process {RANK} stopped too, epoch {self.epoch_num}")
-        step = int(bad.any(0).any(1).nonzero()[0])
-        what = int(bad[:, step].any(1).nonzero()[0])
-        self.stop_for_bad_numbers(f"{list(named)[what]} of {int(bad[what, step].sum())} of {self.env.num_envs} envs at step {step + 1} of the rollout")
-
-    def check_update(self, figures: Dict[str, float]) -> None:
-        for name, what in (("a_loss", "the policy loss"), ("c_loss", "the value loss"), ("bounds_loss", "the bounds loss"),
-                           ("entropy", "the entropy"), ("kl", "the KL divergence"), ("weights", "the weights")):
-            if not math.isfinite(figures[name]):
-                self.stop_for_bad_numbers(what)
+        step, what = bad.any(-1).nonzero()[0].tolist()  # the first one
+        self.stop_for_bad_numbers(f"{list(named)[what]} of {int(bad[step, what].sum())} of {self.env.num_envs} envs at step {step + 1} of the rollout")
 
     def stop_for_bad_numbers(self, what: str) -> None:
         path = os.path.join(self.config["run_dir"], f"nan_dump{f'_{RANK}' if RANK else ''}.pth")
