@@ -204,20 +204,24 @@ class Args:
 
     def check(self) -> None:
         """UserError for values that make no sense. Called by the Runner, when flags, checkpoint and yaml have all been read."""
-        at_least = dict.fromkeys(("num_envs", "num_steps", "minibatch_size", "update_epochs", "max_epochs", "games_to_track",
-                                  "video_frequency", "video_length"), 1)
-        at_least.update(dict.fromkeys((
-            "save_frequency", "save_every_minutes", "save_best_after", "keep_last", "games", "torch_threads", "learning_rate", "kl_threshold", "gamma",
-            "gae_lambda", "clip_coef", "vf_coef", "ent_coef", "bounds_loss_coef", "max_grad_norm"), 0))
-        for name, least in at_least.items():
-            if not getattr(self, name) >= least:  # `not >=` also catches nan
-                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
+        positive = {"num_envs", "num_steps", "minibatch_size", "update_epochs", "max_epochs", "games_to_track", "video_frequency", "video_length"}
+        any_sign = {"seed", "reward_scale", "sigma_init"}
+        for field in fields(self):
+            value, least = getattr(self, field.name), int(field.name in positive)
+            if field.type in (int, float) and field.name not in any_sign and not value >= least:  # `not >=` also catches nan
+                raise UserError(f"--{field.name.replace('_', '-')} must be at least {least}, not {value}")
         if any(width < 1 for width in self.units):
             raise UserError(f"--units must be positive, not {self.units}")
         batch = self.num_envs * self.num_steps
         if batch % min(self.minibatch_size, batch) and not self.play:
             raise UserError(f"{self.num_envs} envs x {self.num_steps} steps = {batch} samples cannot be split into minibatches "
                             f"of {self.minibatch_size}: choose a --minibatch-size that divides {batch}")
+        if self.checkpoint and self.init_from:
+            raise UserError("--checkpoint continues a run, --init-from starts a new one: give one of them")
+        if (self.play or self.export) and WORLD_SIZE > 1:
+            raise UserError("--play and --export run in one process: start them without torchrun")
+        if (self.play or self.export) and not self.checkpoint:
+            raise UserError(f"--{'play' if self.play else 'export'} needs --checkpoint PATH (a .pth file or a run folder)")
 
 
 # what rl_games and IsaacGymEnvs call our arguments in `params.config`
@@ -741,8 +745,9 @@ class Writer(SummaryWriter):
             with open(os.path.join(log_dir, name), "r+b") as file:
                 while True:  # a record is: 8 bytes of length, 4 of checksum, the event, 4 of checksum
                     start, header = file.tell(), file.read(12)
-                    event = file.read(struct.unpack("<Q", header[:8])[0] + 4) if len(header) == 12 else b""
-                    if len(header) < 12 or len(event) < 4 + struct.unpack("<Q", header[:8])[0]:
+                    length = struct.unpack("<Q", header[:8])[0] + 4 if len(header) == 12 else 1
+                    event = file.read(length)
+                    if len(event) < length:
                         break  # the end, or half a record of a killed process
                     values = Event.FromString(event[:-4]).summary.value
                     if any(value.tag == "info/epochs" and value.simple_value > epoch for value in values):
@@ -1827,12 +1832,6 @@ class Runner:
         args.check()
         if args.torch_threads:
             torch.set_num_threads(args.torch_threads)
-        if args.checkpoint and args.init_from:
-            raise UserError("--checkpoint continues a run, --init-from starts a new one: give one of them")
-        if (args.play or args.export) and WORLD_SIZE > 1:
-            raise UserError("--play and --export run in one process: start them without torchrun")
-        if (args.play or args.export) and not args.checkpoint:
-            raise UserError(f"--{'play' if args.play else 'export'} needs --checkpoint PATH (a .pth file or a run folder)")
         path, state = find_checkpoint(args.checkpoint or args.init_from) if args.checkpoint or args.init_from else ("", None)
         if args.export:
             return export_policy(args, path, state)
@@ -1933,8 +1932,8 @@ def parse_args(argv: Optional[List[str]] = None) -> Args:
 
     The flags are parsed twice: first to learn which checkpoint or task is meant, then over the values found there.
     """
-    parse = lambda default: tyro.cli(Args, args=argv, default=default, description=__doc__.splitlines()[0])  # noqa: E731
-    first, saved = parse(Args()), {}
+    parse = functools.partial(tyro.cli, Args, args=argv, description=__doc__.splitlines()[0])
+    first, saved, settings = parse(default=Args()), {}, {}
     if first.checkpoint or first.init_from:
         _, state = find_checkpoint(first.checkpoint or first.init_from, quiet=True)  # the Runner says what was skipped
         # what a run was started for is not part of what it is
@@ -1944,14 +1943,12 @@ def parse_args(argv: Optional[List[str]] = None) -> Args:
         if first.init_from:
             known = {"units", "activation", "separate", "normalize_input", "normalize_value"}
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in state["args"].items() if k in known}
-    settings = {}
     if "env_id" not in saved and not first.export and uses_isaacgym(first):
         from omegaconf import OmegaConf
 
         cfg = compose_isaacgym_config(first)
         settings = settings_from_yaml(OmegaConf.to_container(cfg.train, resolve=True)["params"], first.env_id)
-    args = replace(Args(), **{**settings, **saved})
-    return parse(args)
+    return parse(default=Args(**{**settings, **saved}))
 
 
 def main(argv: Optional[List[str]] = None) -> None:
