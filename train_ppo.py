@@ -816,7 +816,7 @@ class RLGPUAlgoObserver(AlgoObserver):
 
     def after_init(self, algo) -> None:
         super().after_init(algo)
-        self.sums: Dict[str, Any] = {}  # "Episode/<key>" or scalar's key -> [sum, count] over the epoch
+        self.sums: Dict[str, Any] = {}  # "Episode/<key>" or scalar's key -> (sum, count) over the epoch
         self.steps: Dict[str, List[Tuple[Tensor, Tensor]]] = {}  # episode_cumulative key -> (value, done) of each step of the epoch
         self.episodes = collections.defaultdict(lambda: EpisodeMeter(len(algo.dones), algo.games_to_track, 1, algo.device))
 
@@ -836,9 +836,8 @@ class RLGPUAlgoObserver(AlgoObserver):
                 self._add(prefix + key, value.detach().float() if isinstance(value, Tensor) else float(value), 1)
 
     def _add(self, key, value, count) -> None:
-        total = self.sums.setdefault(key, [0.0, 0])
-        total[0] = total[0] + value
-        total[1] += count
+        total, n = self.sums.get(key, (0.0, 0))
+        self.sums[key] = (total + value, n + count)
 
     def after_print_stats(self, frame, epoch_num, total_time) -> None:
         if self.sums:  # one transfer for all of them
@@ -848,9 +847,8 @@ class RLGPUAlgoObserver(AlgoObserver):
                 if key.startswith("Episode/"):
                     self.writer.add_scalar(key, mean, epoch_num)
                 else:
-                    self.writer.add_scalar(f"{key}/frame", mean, frame)
-                    self.writer.add_scalar(f"{key}/iter", mean, epoch_num)
-                    self.writer.add_scalar(f"{key}/time", mean, total_time)
+                    for axis, step in (("frame", frame), ("iter", epoch_num), ("time", total_time)):
+                        self.writer.add_scalar(f"{key}/{axis}", mean, step)
             self.sums.clear()
         for key, steps in self.steps.items():
             values, dones = map(torch.stack, zip(*steps))
@@ -1613,9 +1611,10 @@ class PPOAgent:
         self.last_mean_rewards, self.best_epoch = state["last_mean_rewards"], state["best_epoch"]
         self.episodes.finished.load_state_dict(state["finished"])
         self.algo_observer.load_state_dict(state["observers"])
-        exact = getattr(self.env, "exact_state", False) and state["obs"].shape == self.obs.shape
-        if state["env_state"] is not None and hasattr(self.env, "set_env_state") and (exact or not getattr(self.env, "exact_state", False)):
-            self.env.set_env_state(state["env_state"])  # of an Isaac Gym task: its curriculum
+        whole = getattr(self.env, "exact_state", False)  # else env_state is what fits any number of envs, as an Isaac Gym task's curriculum
+        exact = whole and state["obs"].shape == self.obs.shape
+        if state["env_state"] is not None and hasattr(self.env, "set_env_state") and (exact or not whole):
+            self.env.set_env_state(state["env_state"])
         if exact:
             self.obs, self.dones = state["obs"].to(self.device), state["dones"].to(self.device)
             self.episodes.running.copy_(state["running"])
@@ -1658,9 +1657,8 @@ def play(args: Args, env, path: str, state: Dict[str, Any]) -> Dict[str, float]:
     returns, lengths = returns[:quota].flatten(), lengths[:quota].flatten()
     if args.capture_video:
         env.write()
-    result = {"mean": returns.mean(), "std": returns.std(unbiased=False), "min": returns.min(), "max": returns.max(), "length": lengths.mean()}
-    result = {name: float(value) for name, value in result.items()}
-    result["count"] = len(returns)
+    result = {"mean": returns.mean().item(), "std": returns.std(unbiased=False).item(), "min": returns.min().item(), "max": returns.max().item(),
+              "length": lengths.mean().item(), "count": len(returns)}
     log("reward mean {mean:.2f} std {std:.2f} min {min:.2f} max {max:.2f}, mean length {length:.1f}, {count} episodes".format(**result)
         + f" ({quota} from each of {env.num_envs} envs, {'sampled' if args.stochastic else 'deterministic'} actions)")
     return result
