@@ -1623,6 +1623,21 @@ def test_folder_that_cannot_be_written(here, monkeypatch, capsys):
         err = capsys.readouterr().err
         assert stopped.value.code == 1 and err.count("warning:") == 1 and reason in err and "the weights of epoch 5 are not on disk" in err
         assert {p.name: p.read_bytes() for p in Path("runs/r/nn").iterdir()} == before
+    os.remove("runs/r/.lock")
+    os.mkdir("runs/r/.lock")  # opening it fails, as in the folder of another user
+    with pytest.raises(SystemExit) as stopped:
+        main(["--checkpoint", "runs/r", "--max-epochs", "5"])
+    assert stopped.value.code == 2 and capsys.readouterr().err == "error: runs/r cannot be trained in: Is a directory; branch off with --experiment NAME\n"
+
+
+def test_a_snapshot_shares_nothing_with_what_it_was_taken_of():
+    """A new best may wait in memory while training goes on, and an env may keep its state in arrays that it overwrites."""
+    live = {"tensor": torch.zeros(2), "array": np.zeros(2), "list": [0, 0], "number": np.float32(0)}
+    copy = train_ppo.plain(live)
+    live["tensor"] += 1
+    live["array"] += 1
+    live["list"][0] += 1
+    assert copy["tensor"].tolist() == copy["array"].tolist() == copy["list"] == [0, 0] and type(copy["number"]) is float
 
 
 def test_save_every_minutes(here):
@@ -1780,6 +1795,12 @@ def test_video_changes_nothing_and_an_env_without_picture_is_warned_about_once(h
     main(["--env-id", "test_train_ppo:infos_env", "--num-envs", "4", "--num-steps", "8", "--max-epochs", "3", "--experiment", "r", "--capture-video"])
     err = capsys.readouterr().err
     assert err.count("warning:") == 1 and "--capture-video: test_train_ppo:infos_env gave no picture" in err and "going on without video" in err
+    for flags in (["--video-length", "3"], ["--video-length", "99"]):  # written when it is long enough, or when the next one starts
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("PIL.Image.Image.save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            main([*SMALL, "--capture-video", "--video-frequency", "1", *flags])
+        err = capsys.readouterr().err
+        assert err.count("warning:") == 1 and "No space left on device" in err and "going on without video" in err
 
 
 # ---------------------------------------------------------------------------------------------------------- several processes

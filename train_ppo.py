@@ -490,34 +490,41 @@ class RecordVideo:
 
     def start(self, path: str) -> None:
         self.write()
-        self.path = path
+        self.path = path if self.works else ""
 
     def step(self, actions: Tensor):
         result = self.env.step(actions)
-        if self.path and self.works:
-            try:
+        if self.path:
+            with self.or_without():
                 from PIL import Image
 
                 picture = Image.fromarray(np.asarray(self.env.render(mode="rgb_array"), dtype=np.uint8))
                 # a palette of 64 colours: a third of the memory, and what a GIF holds; octree takes a tenth of median cut's time
                 self.frames.append(picture.quantize(64, method=Image.Quantize.FASTOCTREE))
-                if len(self.frames) == self.args.video_length:
-                    self.write()
-            except Exception as exc:  # no render(), no picture from it, no Pillow, no space on the disk
-                self.works = False
-                warn(f"--capture-video: {self.args.env_id} gave no picture ({exc}): going on without video")
+            if len(self.frames) == self.args.video_length:
+                self.write()
         return result
 
     def write(self) -> None:
         """Finish the video that is being recorded: 50 frames a second, the most that browsers show."""
         path, frames, self.path, self.frames = self.path, self.frames, "", []
         if frames:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            frames[0].save(path, save_all=True, append_images=frames[1:], duration=20, loop=0)
-            if self.algo is None:
-                log(f"video     {path}")
-            else:
-                self.algo.writer.add_gif("video", path, self.algo.frame)
+            with self.or_without():
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                frames[0].save(path, save_all=True, append_images=frames[1:], duration=20, loop=0)
+                if self.algo is None:
+                    log(f"video     {path}")
+                else:
+                    self.algo.writer.add_gif("video", path, self.algo.frame)
+
+    @contextlib.contextmanager
+    def or_without(self):
+        """What goes wrong in here ends the videos, not the training: no render(), no picture from it, no Pillow, no space on the disk."""
+        try:
+            yield
+        except Exception as exc:
+            self.works, self.path, self.frames = False, "", []
+            warn(f"--capture-video: {self.args.env_id} gave no picture ({exc}): going on without video")
 
 
 def pick_device(name: str) -> torch.device:
@@ -1032,8 +1039,8 @@ def save_checkpoint(state: Dict[str, Any], path: str) -> None:
 
 def claim_run_dir(run_dir: str) -> Any:
     """Keep other processes out of a run folder for as long as this process lives, and clear what a killed one left half written."""
-    lock = open(os.path.join(run_dir, ".lock"), "w")
     try:
+        lock = open(os.path.join(run_dir, ".lock"), "w")
         import fcntl
 
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1041,6 +1048,8 @@ def claim_run_dir(run_dir: str) -> Any:
         pass
     except BlockingIOError:
         raise UserError(f"{run_dir} is being trained by another process: stop that one first, or branch off with --experiment NAME")
+    except OSError as exc:
+        raise UserError(f"{run_dir} cannot be trained in: {exc.strerror or exc}; branch off with --experiment NAME")
     for name in os.listdir(os.path.join(run_dir, "nn")):
         if name.endswith(".tmp"):
             os.remove(os.path.join(run_dir, "nn", name))
@@ -1184,7 +1193,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     if isinstance(value, np.ndarray):
-        return torch.from_numpy(value)
+        return torch.tensor(value)
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
