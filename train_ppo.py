@@ -27,7 +27,7 @@ import codecs
 import collections
 import contextlib
 import functools
-import importlib
+import glob
 import importlib.util
 import io
 import json
@@ -149,7 +149,6 @@ class Args:
     save_best_after: int = 50  # first epoch that may write nn/best.pth
     keep_last: int = 0  # keep only this many of the newest periodic checkpoints; 0: all
     games_to_track: int = 100  # finished episodes in the window that "mean reward" is taken over
-
     strict_observers: bool = False  # an observer that raises ends training instead of being dropped: for writing one
 
     # play and export
@@ -746,10 +745,8 @@ class Writer(SummaryWriter):
 
         purge_step cannot do it alone: it compares frames with the steps of <tag>/iter (epochs) and <tag>/time (seconds).
         """
-        for name in os.listdir(log_dir) if os.path.isdir(log_dir) else ():
-            if not name.startswith("events.out.tfevents"):
-                continue
-            with open(os.path.join(log_dir, name), "r+b") as file:
+        for path in glob.glob(os.path.join(glob.escape(log_dir), "events.out.tfevents*")):
+            with open(path, "r+b") as file:
                 while True:  # a record is: 8 bytes of length, 4 of checksum, the event, 4 of checksum
                     start, header = file.tell(), file.read(12)
                     length = struct.unpack("<Q", header[:8])[0] + 4 if len(header) == 12 else 1
@@ -1050,9 +1047,8 @@ def claim_run_dir(run_dir: str) -> Any:
         raise UserError(f"{run_dir} is being trained by another process: stop that one first, or branch off with --experiment NAME")
     except OSError as exc:
         raise UserError(f"{run_dir} cannot be trained in: {exc.strerror or exc}; branch off with --experiment NAME")
-    for name in os.listdir(os.path.join(run_dir, "nn")):
-        if name.endswith(".tmp"):
-            os.remove(os.path.join(run_dir, "nn", name))
+    for path in glob.glob(os.path.join(glob.escape(run_dir), "nn", "*.tmp")):
+        os.remove(path)
     return lock
 
 
@@ -1145,7 +1141,7 @@ def find_checkpoint(path: str, quiet: bool = False) -> Tuple[str, Dict[str, Any]
     if not os.path.isdir(path):
         return path, load_checkpoint(path)
     folder, found = os.path.join(path, "nn"), []
-    names = {name for name in (os.listdir(folder) if os.path.isdir(folder) else ()) if name.endswith(".pth")}
+    names = set(map(os.path.basename, glob.glob(os.path.join(glob.escape(folder), "*.pth"))))
     periodic = periodic_names(names)
     for name in sorted(names.difference(periodic)) + periodic[::-1]:
         try:
@@ -1752,11 +1748,12 @@ def export_policy(args: Args, path: str, state: Dict[str, Any]) -> Dict[str, Any
 # ======================================================================================================================
 
 
-def seed_everything(seed: int, deterministic: bool) -> None:
+def seed_everything(args: Args) -> None:
+    seed = args.seed + RANK
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)  # the CPU's and every GPU's
-    if deterministic:
+    if args.torch_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
@@ -1852,10 +1849,10 @@ class Runner:
             together(dist.init_process_group, "nccl" if device.type == "cuda" else "gloo")
             if RANK > 0:
                 self.algo_observer = MultiObserver([])
-        seed_everything(args.seed + RANK, args.torch_deterministic)
+        seed_everything(args)
         env = make_env(replace(args, seed=args.seed + RANK))
         env = RecordVideo(env, args) if args.capture_video else env
-        seed_everything(args.seed + RANK, args.torch_deterministic)  # making an env may draw any number of random numbers
+        seed_everything(args)  # making an env may draw any number of random numbers
         try:
             return play(args, env, path, state) if args.play else self.train(env, path, state)
         finally:
@@ -1868,7 +1865,7 @@ class Runner:
         args = self.args
         if state is not None:
             make_model(args, env.num_obs, env.num_acts, state)  # if the weights do not fit, say so before anything is written
-            seed_everything(args.seed + RANK, args.torch_deterministic)
+            seed_everything(args)
         lock, *opened = open_run_dir(args, path, state) if RANK == 0 else [None] * 4
         if WORLD_SIZE > 1:
             together(dist.broadcast_object_list, opened, 0)
