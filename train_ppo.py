@@ -389,10 +389,9 @@ def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
         config["grad_norm"] = 0.0
     if config.get("lr_schedule") not in ("adaptive", "linear"):  # "fixed", "constant", "identity", None: all mean the same
         config["lr_schedule"] = "fixed"
-    config["bounds_loss_coef"] = config.get("bounds_loss_coef") or 0.0
-    config["reward_scale"] = shaper.get("scale_value", 1.0)
-    config.update(units=mlp.get("units", ()), activation=mlp.get("activation", "elu"), separate=network.get("separate", False),
-                  sigma_init=normal.get("sigma_init", {}).get("val", 0.0))
+    config.update(
+        bounds_loss_coef=config.get("bounds_loss_coef") or 0.0, reward_scale=shaper.get("scale_value", 1.0), units=mlp.get("units", ()),
+        activation=mlp.get("activation", "elu"), separate=network.get("separate", False), sigma_init=normal.get("sigma_init", {}).get("val", 0.0))
     ignored = {"name", "full_experiment_name", "env_name", "multi_gpu", "ppo", "device", "device_name", "print_stats", "player",
                "score_to_win", "seq_len", "seq_length", "zero_rnn_on_done", "central_value_config", "train_dir",
                "defer_summaries_sec", "summaries_interval_sec_min", "summaries_interval_sec_max"}
@@ -514,7 +513,7 @@ class RecordVideo:
                 if self.algo is None:
                     log(f"video     {path}")
                 else:
-                    self.algo.writer.add_gif("video", path, self.algo.frame)
+                    self.algo.writer.add_gif("video", path, frames[0].size, self.algo.frame)
 
     @contextlib.contextmanager
     def or_without(self):
@@ -720,11 +719,9 @@ class Writer(SummaryWriter):
         self.scalars[tag] = value
         self.pending.setdefault(int(global_step or 0), []).append(Summary.Value(tag=tag, simple_value=value))
 
-    def add_gif(self, tag: str, path: str, global_step: int) -> None:
-        from PIL import Image
-
-        with Image.open(path) as gif, open(path, "rb") as file:
-            image = Summary.Image(width=gif.width, height=gif.height, colorspace=3, encoded_image_string=file.read())
+    def add_gif(self, tag: str, path: str, size: Tuple[int, int], global_step: int) -> None:
+        with open(path, "rb") as file:
+            image = Summary.Image(width=size[0], height=size[1], colorspace=3, encoded_image_string=file.read())
         self.gifs[tag] = path
         self.pending.setdefault(global_step, []).append(Summary.Value(tag=tag, image=image))
 
@@ -1528,7 +1525,8 @@ class PPOAgent:
         if not bad.any():
             raise TrainingError(f"NaN or Inf in another process, which says more: process {RANK} stopped too, epoch {self.epoch_num}")
         step, what = bad.any(-1).nonzero()[0].tolist()  # the first one
-        self.stop_for_bad_numbers(f"{list(named)[what]} of {int(bad[step, what].sum())} of {self.env.num_envs} envs at step {step + 1} of the rollout")
+        name, envs = list(named)[what], int(bad[step, what].sum())
+        self.stop_for_bad_numbers(f"{name} of {envs} of {self.env.num_envs} envs at step {step + 1} of the rollout")
 
     def stop_for_bad_numbers(self, what: str) -> None:
         path = os.path.join(self.config["run_dir"], f"nan_dump{f'_{RANK}' if RANK else ''}.pth")
@@ -1783,9 +1781,9 @@ def describe_run(args: Args, run_dir: str, origin: Dict[str, Any]) -> Dict[str, 
     """What config.json says: all that is needed to run it again."""
 
     def git(*command: str) -> str:
-        here = os.path.dirname(os.path.abspath(__file__))
+        command = ("git", "-C", os.path.dirname(os.path.abspath(__file__)), *command)
         try:
-            return subprocess.run(["git", "-C", here, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10).stdout.decode().strip()
+            return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10).stdout.decode().strip()
         except (OSError, subprocess.TimeoutExpired):
             return ""
 
