@@ -264,14 +264,22 @@ def test_second_signal_ends_it_at_once(here):
             env.step = slow
             return env
     """))
-    process = subprocess.Popen([sys.executable, SCRIPT, "--env-id", "my_envs:make", *SMALL, "--max-epochs", "9", "--experiment", "r"],
-                               env={**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{HERE}"}, stdout=subprocess.PIPE, universal_newlines=True)
-    assert any("asleep" in line for line in process.stdout)
+
+    def asleep(*arguments):
+        process = subprocess.Popen([sys.executable, SCRIPT, *arguments], env={**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{HERE}"},
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+        assert any("asleep" in line for line in process.stdout)
+        return process
+
+    process = asleep("--env-id", "my_envs:make", *SMALL, "--max-epochs", "9", "--experiment", "r")
     process.send_signal(signal.SIGTERM)
     assert "finishing this epoch" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == -signal.SIGTERM
     assert load_checkpoint("runs/r/nn/epoch_2.pth")["epoch"] == 2
+    process = asleep("--play", "--checkpoint", "runs/r", "--games", "100000")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == ("", "") and process.returncode == 128 + signal.SIGINT, "--play has nothing to finish"
 
 
 def same_state(a, b):
@@ -1638,6 +1646,18 @@ def test_a_snapshot_shares_nothing_with_what_it_was_taken_of():
     live["array"] += 1
     live["list"][0] += 1
     assert copy["tensor"].tolist() == copy["array"].tolist() == copy["list"] == [0, 0] and type(copy["number"]) is float
+
+
+def test_file_system_without_locks(here, monkeypatch):
+    """Training goes on: two processes in one folder can then not be told apart."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    main([*SMALL, "--experiment", "r"])
+    assert load_checkpoint("runs/r/nn/last.pth")["epoch"] == 4
 
 
 def test_save_every_minutes(here):

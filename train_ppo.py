@@ -1035,15 +1035,16 @@ def claim_run_dir(run_dir: str) -> Any:
     """Keep other processes out of a run folder for as long as this process lives, and clear what a killed one left half written."""
     try:
         lock = open(os.path.join(run_dir, ".lock"), "w")
+    except OSError as exc:
+        raise UserError(f"{run_dir} cannot be trained in: {exc.strerror or exc}; branch off with --experiment NAME")
+    try:
         import fcntl
 
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # not on Windows
-        pass
     except BlockingIOError:
         raise UserError(f"{run_dir} is being trained by another process: stop that one first, or branch off with --experiment NAME")
-    except OSError as exc:
-        raise UserError(f"{run_dir} cannot be trained in: {exc.strerror or exc}; branch off with --experiment NAME")
+    except (ImportError, OSError):  # Windows; some network file systems have no locks: what is lost there is the refusal alone
+        pass
     for path in glob.glob(os.path.join(glob.escape(run_dir), "nn", "*.tmp")):
         os.remove(path)
     return lock
@@ -1364,7 +1365,9 @@ class PPOAgent:
         ignored = torch.cat((buffer["first_done"].unsqueeze(0), buffer["dones"][:-1])) * getattr(self.env, "next_step_autoreset", False)
         weight = 1.0 - ignored
         advantages *= weight
-        lengths = self.episodes.add_rollout(buffer["rewards"], shaped, torch.ones_like(shaped), dones=buffer["dones"])[..., 2]
+        sums = self.episodes.add_rollout(buffer["rewards"], shaped, torch.ones_like(shaped), dones=buffer["dones"])
+        longest = (sums[..., 2] * buffer["dones"]).max()
+        del sums  # as large as the rollout is
 
         def flat(x: Tensor) -> Tensor:  # (T, E, ...) -> (N, ...) by env: with thousands of envs minibatches need no shuffling
             return x.transpose(0, 1).flatten(0, 1)
@@ -1386,7 +1389,7 @@ class PPOAgent:
             advantages = weight * (advantages - total / n)
             advantages /= (average(advantages.square().sum()) / n).sqrt() + 1e-8
         batch = Batch(model.norm_obs(obs), flat(buffer["actions"]), flat(buffer["logprobs"]), advantages, values, returns, flat(buffer["mus"]))
-        return batch, torch.stack((explained_variance, (lengths * buffer["dones"]).max()))
+        return batch, torch.stack((explained_variance, longest))
 
     def update(self) -> Dict[str, float]:
         """update_epochs passes of minibatch gradient steps over what the buffers hold. Returns the epoch's figures."""
@@ -1893,7 +1896,8 @@ class Runner:
         def stop(signum, _frame):
             agent.stop_signal = signum
             signal.signal(signum, signal.SIG_DFL)  # a second one ends it at once
-            log(f"{signal.Signals(signum).name}: finishing this epoch, then saving last.pth")
+            with contextlib.suppress(RuntimeError):  # it came amid a print, which cannot be entered twice
+                log(f"{signal.Signals(signum).name}: finishing this epoch, then saving last.pth")
 
         handlers = {}
         with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us handles signals
@@ -1965,6 +1969,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         if RANK == 0 or isinstance(exc, TrainingError):
             print(f"error: {exc}", file=sys.stderr)
         sys.exit(2 if isinstance(exc, UserError) else 1)
+    except KeyboardInterrupt:  # before or after training, which handles it by itself, or amid --play
+        sys.exit(128 + signal.SIGINT)
     if result.get("stop_signal"):
         sys.exit(128 + result["stop_signal"])
 
