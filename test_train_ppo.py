@@ -1603,14 +1603,20 @@ def test_full_disk(here):
 
     main(["--units", "256", "256", *SMALL, "--experiment", "r", "--max-epochs", "2"])
     before = {p.name: p.read_bytes() for p in Path("runs/r/nn").iterdir()}
-    done = subprocess.run([sys.executable, SCRIPT, "--checkpoint", "runs/r", "--max-epochs", "9"], stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, universal_newlines=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300000, 300000)))
+
+    def limited(size, *arguments):
+        return subprocess.run([sys.executable, SCRIPT, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+
+    done = limited(300000, "--checkpoint", "runs/r", "--max-epochs", "9")
     assert done.returncode == 1, done.stderr
     warning, error = done.stderr.splitlines()
     assert warning.startswith("warning: ") and "epoch_4.pth cannot be written (File too large); training goes on" in warning
     assert error == "error: runs/r/nn/last.pth cannot be written (File too large): the weights of epoch 9 are not on disk"
     assert {p.name: p.read_bytes() for p in Path("runs/r/nn").iterdir()} == before
     main(["--checkpoint", "runs/r", "--max-epochs", "4"])
+    done = limited(0, *SMALL, "--experiment", "new")
+    assert (done.returncode, done.stderr) == (2, "error: runs/new cannot be written: File too large\n")
 
 
 def test_folder_that_cannot_be_written(here, monkeypatch, capsys):
@@ -1808,8 +1814,12 @@ def test_video_is_written_and_logged(here, capsys):
 
 
 def test_video_changes_nothing_and_an_env_without_picture_is_warned_about_once(here, capsys):
+    from PIL import Image
+
     main([*SMALL, "--experiment", "plain"])
-    main([*SMALL, "--experiment", "drawn", "--capture-video", "--video-length", "3"])
+    main([*SMALL, "--experiment", "drawn", "--capture-video"])
+    with Image.open("runs/drawn/videos/epoch_1.gif") as gif:
+        assert gif.n_frames > 20, "training ends before the video is as long as it may be"
     assert not [name for name in same_state("runs/plain/nn/last.pth", "runs/drawn/nn/last.pth") if "args" not in name]
     capsys.readouterr()
     main(["--env-id", "test_train_ppo:infos_env", "--num-envs", "4", "--num-steps", "8", "--max-epochs", "3", "--experiment", "r", "--capture-video"])

@@ -474,7 +474,7 @@ class RecordVideo:
 
     def __init__(self, env, args: Args):
         self.env, self.args = env, args
-        self.path, self.algo, self.frames, self.works = "", None, [], True
+        self.path, self.algo, self.frames, self.length, self.works = "", None, [], args.video_length, True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.env, name)
@@ -485,6 +485,8 @@ class RecordVideo:
         self.algo = algo
         if (algo.epoch_num - 1) % self.args.video_frequency == 0 and RANK == 0:
             self.start(os.path.join(algo.config["run_dir"], "videos", f"epoch_{algo.epoch_num}.gif"))
+        if algo.epoch_num == self.args.max_epochs:  # there is no more to come than this rollout
+            self.length = min(self.length, len(self.frames) + self.args.num_steps)
 
     def start(self, path: str) -> None:
         self.write()
@@ -499,7 +501,7 @@ class RecordVideo:
                 picture = Image.fromarray(np.asarray(self.env.render(mode="rgb_array"), dtype=np.uint8))
                 # a palette of 64 colours: a third of the memory, and what a GIF holds; octree takes a tenth of median cut's time
                 self.frames.append(picture.quantize(64, method=Image.Quantize.FASTOCTREE))
-            if len(self.frames) == self.args.video_length:
+            if len(self.frames) == self.length:
                 self.write()
         return result
 
@@ -915,26 +917,26 @@ class WandbAlgoObserver(AlgoObserver):
         if self.run is None:
             return
         try:
-            for tag in [tag for tag in (*self.writer.scalars, "video") if tag not in self.defined]:
+            row = {**self.writer.scalars, **{tag: self.wandb.Video(path, format="gif") for tag, path in self.writer.gifs.items()}}
+            for tag in set(row) - self.defined:
                 axis = {"iter": "epoch", "time": "time"}.get(tag.rsplit("/", 1)[-1], "global_step")
                 self.run.define_metric(tag, step_metric=axis)
                 self.defined.add(tag)
-            gifs = {tag: self.wandb.Video(path, format="gif") for tag, path in getattr(self.writer, "gifs", {}).items()}
-            self.run.log({**self.writer.scalars, **gifs, "global_step": frame, "epoch": epoch_num, "time": total_time})
+            self.run.log({**row, "global_step": frame, "epoch": epoch_num, "time": total_time})
         except Exception as exc:
             self._leave(f"failed ({exc}): training goes on without it")
 
     def close(self) -> None:
         def finish():
-            algo, nn = self.algo, self.algo.nn_dir
+            algo = self.algo
             best = algo.last_mean_rewards if algo.best_epoch else None
             self.run.summary.update({"best_reward": best, "best_epoch": algo.best_epoch or None, "stop_reason": algo.stop_reason})
-            for name in sorted(os.listdir(nn)):
+            for name in sorted(os.listdir(algo.nn_dir)):
                 if self.args.wandb_upload == "all" or (self.args.wandb_upload == "best" and name == "best.pth"):
                     epoch = int(re.sub(r"\D", "", name) or algo.epoch_num)
                     about = {"epoch": algo.best_epoch, "reward": best} if name == "best.pth" else {"epoch": epoch}
                     artifact = self.wandb.Artifact(f"{self.run.id}-{name[:-4]}", type="model", metadata=about)
-                    artifact.add_file(os.path.join(nn, name))
+                    artifact.add_file(os.path.join(algo.nn_dir, name))
                     self.run.log_artifact(artifact)
             for _ in range(32):  # W&B <= 0.24 writes its file in blocks of 32 KiB; the config, 1 KiB or more, pushes the last rows out
                 self.run.config.persist()
@@ -1429,12 +1431,12 @@ class PPOAgent:
 
         return self.fetch(figures / (args.update_epochs * len(minibatches)), about_batch)
 
-    def fetch(self, figures: Tensor, about_batch: Tensor) -> Dict[str, float]:
+    def fetch(self, about_passes: Tensor, about_batch: Tensor) -> Dict[str, float]:
         """The epoch's one transfer from the device: all figures, averaged over the processes, by name."""
         weights = torch.stack([p.detach().sum() for p in self.model.parameters()]).sum()  # NaN or Inf if any of them is
         window = self.episodes.finished.rows
         finished = torch.full((1,), float(len(window)), device=self.device)
-        means = average(torch.cat((figures, about_batch, torch.stack((self.lr, weights)), window.sum(0), finished)))
+        means = average(torch.cat((about_passes, about_batch, torch.stack((self.lr, weights)), window.sum(0), finished)))
         names = ("a_loss", "c_loss", "entropy", "bounds_loss", "clipfrac", "kl", "explained_variance", "longest", "lr", "weights",
                  "reward", "shaped_reward", "length", "finished")
         figures = dict(zip(names, means.tolist()))
@@ -1818,8 +1820,11 @@ def open_run_dir(args: Args, path: str, state: Optional[Dict[str, Any]]) -> Tupl
     origin = {} if state is None else {"branched_from" if args.checkpoint else "initialised_from": f"{path} (epoch {state['epoch']})"}
     run_dir = make_run_dir(args)
     lock = claim_run_dir(run_dir)
-    with open(os.path.join(run_dir, "config.json"), "w") as file:
-        json.dump(describe_run(args, run_dir, origin), file, indent=2)
+    try:
+        with open(os.path.join(run_dir, "config.json"), "w") as file:
+            json.dump(describe_run(args, run_dir, origin), file, indent=2)
+    except OSError as exc:
+        raise UserError(f"{run_dir} cannot be written: {exc.strerror or exc}")
     return lock, run_dir, False, origin
 
 
