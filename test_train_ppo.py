@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 import train_ppo
@@ -1326,8 +1327,6 @@ pytest_hydra = pytest.mark.skipif(train_ppo.importlib.util.find_spec("hydra") is
 
 @pytest_hydra
 def test_isaacgym_task_trains_with_its_own_settings(isaacgym):
-    from PIL import Image
-
     out, err = shell("--env-id", "Ant", "--num-steps", "16", "--experiment", "r", cwd=isaacgym)
     args = load_checkpoint(str(isaacgym / "runs/r/nn/last.pth"))["args"]
     expected = dict(num_steps=16, units=[24, 12], sigma_init=-0.5, mixed_precision=True, reward_scale=0.01, gamma=0.98, gae_lambda=0.9, learning_rate=3e-4,
@@ -1790,8 +1789,6 @@ def test_two_processes_never_share_a_run(tmp_path):
 
 def test_video_is_written_and_logged(here, capsys):
     """GIFs in the run folder, in TensorBoard's event file and in the W&B run; --play draws the policy too."""
-    from PIL import Image
-
     shell(*SMALL, "--max-epochs", "6", "--capture-video", "--video-frequency", "3", "--video-length", "20", "--track", "--experiment", "r", cwd=here)
     assert sorted(os.listdir("runs/r/videos")) == ["epoch_1.gif", "epoch_4.gif"]
     with Image.open("runs/r/videos/epoch_1.gif") as gif:
@@ -1814,8 +1811,6 @@ def test_video_is_written_and_logged(here, capsys):
 
 
 def test_video_changes_nothing_and_an_env_without_picture_is_warned_about_once(here, capsys):
-    from PIL import Image
-
     main([*SMALL, "--experiment", "plain"])
     main([*SMALL, "--experiment", "drawn", "--capture-video"])
     with Image.open("runs/drawn/videos/epoch_1.gif") as gif:

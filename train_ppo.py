@@ -1926,8 +1926,8 @@ class Runner:
 
     def report(self, agent: PPOAgent, run_dir: str) -> None:
         script = f"python {os.path.relpath(__file__)}"
-        best = os.path.join(run_dir, "nn", "best.pth")
-        best = best if os.path.exists(best) else os.path.join(run_dir, "nn", "last.pth")  # of an older run than this one
+        best = os.path.join(agent.nn_dir, "best.pth")
+        best = best if os.path.exists(best) else os.path.join(agent.nn_dir, "last.pth")  # of an older run than this one
         reward = f"mean reward {agent.mean_rewards:.2f} over the last {agent.games:.0f} episodes" if agent.games else "no episode finished"
         log(f"\nstopped after epoch {agent.epoch_num} ({agent.stop_reason}), {reward}")
         if agent.best_epoch:

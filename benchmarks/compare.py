@@ -41,6 +41,7 @@ if "--one" in sys.argv:  # the process that starts the others stays small: Linux
 
 EPOCHS, SHORT = {"cartpole": 100, "ant": 23}, {"cartpole": 30, "ant": 6}  # SHORT: of the runs that pick the number of threads
 WARM_UP = 3  # epochs before the clock of env steps/s starts
+ANT = dict(num_envs=4096, minibatch_size=32768, update_epochs=4, units=(256, 128, 64))  # as in AntPPO.yaml; the rest as for Cartpole
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -334,27 +335,31 @@ TRAINERS = {  # name: function, the package that must be installed
 # one run, and all of them
 
 
-def one(name, which, threads, epochs, seed):
-    """Train in this process; returns what was measured."""
+def peak_mb():
+    """The largest resident set that this process has had."""
     import resource
 
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
+
+
+def one(name, which, threads, epochs, seed):
+    """Train in this process; returns what was measured."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     args = train_ppo.Args(max_epochs=epochs, seed=seed, torch_threads=threads, device="cpu", sim="torch")  # all else as in CartpolePPO.yaml
     if which == "ant":
-        args = train_ppo.replace(args, num_envs=4096, minibatch_size=32768, update_epochs=4, units=(256, 128, 64))
+        args = train_ppo.replace(args, **ANT)
     env = Meter(Synthetic(args.num_envs) if which == "ant" else train_ppo.Cartpole(args.num_envs, torch.device("cpu")), args.num_steps)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         TRAINERS[name][0](env, args, folder)
         end, end_cpu = time.time(), time.process_time()
     assert env.steps == epochs * args.num_steps, f"{env.steps} steps were taken"
     steps, (begin, begin_cpu) = (epochs - WARM_UP) * args.num_steps * env.num_envs, env.rollouts[WARM_UP]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
     started = STARTED if name.startswith("train_ppo") else STARTED + BORROWED
     return {"trainer": name, "env": which, "threads": threads, "seed": seed, "env_steps": env.steps * env.num_envs,
             "seconds": end - env.rollouts[0][0], "env_steps_per_second": steps / (end - begin),
             "env_steps_per_cpu_second": steps / (end_cpu - begin_cpu),  # not in the table; for machines that are busy with other things
-            "seconds_to_470": env.solved and env.solved[0] - started, "env_steps_to_470": env.solved and env.solved[1], "peak_mb": peak,
+            "seconds_to_470": env.solved and env.solved[0] - started, "env_steps_to_470": env.solved and env.solved[1], "peak_mb": peak_mb(),
             "returns": env.returns}  # of the last 256 episodes, after each epoch; for pictures.py
 
 

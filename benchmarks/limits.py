@@ -14,7 +14,6 @@ Growth: env steps/s end to end, and peak memory, of the built-in Cartpole; each 
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -56,7 +55,7 @@ def limits():
     print(f"matmul {rate / 1e9:.0f} GFLOP/s, memory {bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} thread(s)\n")
     print("| | matmul | memory | bare network | update, reached | rollout | of it in the env |\n|---|---:|---:|---:|---:|---:|---:|")
     args = Args(device="cpu", sim="torch", torch_threads=1, max_epochs=1000)
-    ant = replace(args, num_envs=4096, minibatch_size=32768, update_epochs=4, units=(256, 128, 64))
+    ant = replace(args, **compare.ANT)
     for name, args, env, epochs in (("Cartpole", args, Cartpole(512, CPU), 60), ("Ant-sized", ant, compare.Synthetic(4096), 6),
                                     ("Ant-sized, --mixed-precision", replace(ant, mixed_precision=True), compare.Synthetic(4096), 6)):
         sizes = (env.num_obs, *args.units, env.num_acts + 1)
@@ -87,7 +86,6 @@ def limits():
 
 def grow_one(num_envs):
     args = Args(device="cpu", sim="torch", num_envs=num_envs, minibatch_size=min(8192, 16 * num_envs), max_epochs=1000)
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         agent = agent_for(args, Cartpole(num_envs, CPU), folder)
         times, began = [], time.perf_counter()
@@ -97,8 +95,7 @@ def grow_one(num_envs):
             agent.rollout()
             agent.update()
             times.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"rate": num_envs * args.num_steps / statistics.median(times[1:]), "peak": peak}))
+    print(json.dumps({"rate": num_envs * args.num_steps / statistics.median(times[1:]), "peak": compare.peak_mb()}))
 
 
 def growth():
