@@ -1086,6 +1086,8 @@ def load_checkpoint(path: str) -> Dict[str, Any]:
 def allow_numpy_scalars() -> None:
     """rl_games keeps its best reward as a numpy number: let weights_only read those, by the names that numpy 1 and 2 give them."""
 
+    # torch compares the name in the file with the module and name that a function in its list says it has; the numpy that is
+    # installed says only one of the two, so there is one function for each
     def renamed(module: str) -> Any:
         def read(*args):
             return scalar(*args)
