@@ -1334,9 +1334,8 @@ class PPOAgent:
         """
         buffer, env_seconds = self.buffer, 0.0
         buffer["first_done"].copy_(self.dones)  # the envs that the first step resets
-        noise = torch.randn_like(buffer["actions"])
         for t in range(self.args.num_steps):
-            action, logprob, value, mu = self.act(self.obs, noise[t])
+            action, logprob, value, mu = self.act(self.obs, torch.randn_like(buffer["actions"][t]))
             for name, x in (("obs", self.obs), ("actions", action), ("logprobs", logprob), ("values", value), ("mus", mu)):
                 buffer[name][t] = x
 
