@@ -1686,6 +1686,8 @@ def nan_env(num_envs, device, seed):
         count[0] += 1
         if count[0] == 60 and os.environ["BAD"] == "observations":
             obs["obs"][2:5, 1] = math.nan
+        if count[0] == 65 and os.environ["BAD"] == "observations after the last step":  # the check of the factory took one
+            obs["obs"][2:5, 1] = math.nan
         if count[0] == 60 and os.environ["BAD"] == "rewards":
             reward[2:5] = math.inf
         if count[0] == 60 and os.environ["BAD"] == "the policy loss":
@@ -1697,15 +1699,16 @@ def nan_env(num_envs, device, seed):
     return env
 
 
-@pytest.mark.parametrize("what", ["observations", "rewards", "the policy loss"])
+@pytest.mark.parametrize("what", ["observations", "observations after the last step", "rewards", "the policy loss"])
 def test_bad_numbers_stop_training_and_spoil_nothing(here, monkeypatch, capsys, what):
     monkeypatch.setenv("BAD", what)
     with pytest.raises(SystemExit) as stopped:
         main(["--env-id", "test_train_ppo:nan_env", *SMALL, "--max-epochs", "100", "--experiment", "r", "--save-best-after", "1"])
     error = capsys.readouterr().err.splitlines()[-1]
+    step = {"observations": 4, "observations after the last step": 9, "rewards": 3}.get(what)
+    what = what.replace(" after the last step", "")
     assert stopped.value.code == 1 and error.startswith(f"error: NaN or Inf in {what}") and "epoch 8" in error
-    if what != "the policy loss":
-        assert "of 3 of 32 envs at step" in error
+    assert step is None or f"of 3 of 32 envs at step {step} of the rollout" in error
     for path in Path("runs/r/nn").iterdir():
         state = load_checkpoint(str(path))
         assert state["epoch"] < 8 and all(torch.isfinite(w).all() for w in state["model"].values())

@@ -763,7 +763,8 @@ class Writer(SummaryWriter):
 # 5  OBSERVERS
 #
 # The training loop knows no logging backend: it writes to `algo.writer` and calls these hooks, rl_games' six, on the
-# observer given to the Runner. For a new backend subclass AlgoObserver, override `after_print_stats`, and add it in `main`.
+# observer given to the Runner. For a new backend subclass AlgoObserver, override `after_print_stats`, where
+# `self.writer.scalars` has all that the epoch logged, and add it in `main`.
 # `algo` is the PPOAgent: algo.writer, .device, .games_to_track, .epoch_num, .frame, .model, .mean_rewards, .config ...
 # ======================================================================================================================
 
@@ -1009,7 +1010,8 @@ class MultiObserver(AlgoObserver):
 # ======================================================================================================================
 # 6  CHECKPOINTS
 #
-# runs/<experiment>/nn/: epoch_<N>.pth every save_frequency epochs, best.pth at each new best mean reward, last.pth at exit.
+# runs/<experiment>/nn/: epoch_<N>.pth every save_frequency epochs, best.pth at each new best mean reward, last.pth at exit and in between
+# if nothing else was written for long.
 # Each is rl_games' dict (model, optimizer, epoch, frame, last_mean_rewards, env_state) and what exact continuation needs besides.
 # ======================================================================================================================
 
@@ -1214,7 +1216,8 @@ def plain(value: Any) -> Any:
 def gae(rewards: Tensor, values: Tensor, dones: Tensor, last_value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
     """Generalised advantage estimation (Schulman et al. 2015, eq. 16): three (T, E) and the (E,) value after them -> (T, E).
 
-    dones[t] says that the episode ended with step t: nothing after it counts.
+    dones[t], 0.0 or 1.0: the episode ended with step t, so nothing after it counts. If it was the clock that ended it, what it was
+    still worth is in rewards[t] by now (PPOAgent.make_batch).
     """
     advantages = torch.empty_like(rewards)
     advantage, next_value = torch.zeros_like(last_value), last_value
@@ -1233,13 +1236,14 @@ class Batch(NamedTuple):
     actions: Tensor  # (n, A) as sampled, before clipping
     logprobs: Tensor  # (n,) under the policy that acted
     advantages: Tensor  # (n,) normalised
-    values: Tensor  # (n,) normalised, as predicted during the rollout
+    values: Tensor  # (n,) predicted during the rollout, normalised anew
     returns: Tensor  # (n,) normalised
     mus: Tensor  # (n, A) mean actions of the policy that acted
 
 
 def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> loss (), the new mean actions (n, A) and log std (A,), and (5,) policy, value, entropy and bounds loss, and clip fraction."""
+    """-> loss (), the new mean actions (n, A) and log std (A,), and (5,): policy loss, value loss,
+    entropy, bounds loss and clip fraction (in the log: a_loss, c_loss, entropy, bounds_loss, clipfrac)."""
     mu, logstd, value = model(batch.obs)
     mu, value = mu.float(), value.float()  # of bfloat16 under mixed_precision: ratios near 1 need all their digits
     # Schulman et al. 2017, eq. 7: once the ratio has left the clip range in the direction that pays, its gradient is zero, so several
@@ -1248,7 +1252,8 @@ def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Tensor, Tens
     clipped = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
     policy_loss = -torch.min(batch.advantages * ratio, batch.advantages * clipped).mean()
 
-    # clipped like the ratio: rl_games and the original code do it; Andrychowicz et al. 2020 found that it does not help
+    # kept within clip_coef (in normalised units) of the old prediction: rl_games and the original code do it, Andrychowicz et al. 2020
+    # found that it does not help
     value_loss = (value - batch.returns).square()
     if args.clip_vloss:
         value_clipped = batch.values + (value - batch.values).clamp(-args.clip_coef, args.clip_coef)
@@ -1256,7 +1261,8 @@ def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Tensor, Tens
     value_loss = value_loss.mean()
 
     entropy = logstd.sum() + 0.5 * (1.0 + math.log(2 * math.pi)) * len(logstd)
-    # the env clips actions to [-1, 1], so nothing else would stop mu from drifting off, where all gradients vanish
+    # actions are clipped to [-1, 1] on their way to the env: a mean action far outside changes nothing any more, so nothing else would
+    # bring it back. Up to 1.1 is free (rl_games' soft_bound).
     bounds_loss = (mu.abs() - 1.1).clamp(min=0.0).square().sum(-1).mean()
 
     loss = policy_loss + 0.5 * args.vf_coef * value_loss - args.ent_coef * entropy + args.bounds_loss_coef * bounds_loss
@@ -1317,7 +1323,7 @@ class PPOAgent:
         T, E, O, A = args.num_steps, env.num_envs, env.num_obs, env.num_acts
         self.buffer = {name: torch.zeros(T, E, *shape, device=self.device) for name, shape in dict(
             obs=(O,), actions=(A,), mus=(A,), logprobs=(), values=(), rewards=(), dones=(), time_outs=()).items()}
-        self.buffer["first_done"] = torch.zeros(E, device=self.device)
+        self.buffer["done_before"] = torch.zeros(E, device=self.device)  # whether the step before the rollout ended an episode
         self.episodes = EpisodeMeter(E, args.games_to_track, 3, self.device)  # returns, shaped returns and lengths
         self.obs = env.reset()["obs"].to(self.device)
         self.dones = torch.zeros(E, dtype=torch.bool, device=self.device)
@@ -1330,10 +1336,11 @@ class PPOAgent:
     def rollout(self) -> float:
         """Fill the buffers with T steps of every env. Returns the seconds spent in env.step.
 
-        The env may return the same tensors every step and overwrite them in place: what is kept is copied, nothing is written to.
+        The env may return the same tensors every step and overwrite them in place: what is kept is copied, nothing is written to
+        (self.obs may be the env's own: it is used up before the next step).
         """
         buffer, env_seconds = self.buffer, 0.0
-        buffer["first_done"].copy_(self.dones)  # the envs that the first step resets
+        buffer["done_before"].copy_(self.dones)
         for t in range(self.args.num_steps):
             action, logprob, value, mu = self.act(self.obs, torch.randn_like(buffer["actions"][t]))
             for name, x in (("obs", self.obs), ("actions", action), ("logprobs", logprob), ("values", value), ("mus", mu)):
@@ -1360,12 +1367,12 @@ class PPOAgent:
         shaped = args.reward_scale * buffer["rewards"]
         if args.value_bootstrap:
             # An episode cut by the clock has a future (Pardo et al. 2018). V(s_{t+1}) would be the exact thing to add, but some tasks
-            # return the next episode's first observation there, so, like rl_games, take V(s_t), one step off and always right.
+            # return the next episode's first observation there, so, like rl_games, take V(s_t): one step off, but never of another episode.
             shaped = shaped + args.gamma * buffer["values"] * buffer["time_outs"]
         advantages = self.gae(shaped, buffer["values"], buffer["dones"], model.value(self.obs), args.gamma, args.gae_lambda)
         # A step whose action the env ignored, because it had to reset, must teach nothing. Left in, it tells the critic that the
         # state at the end of an episode is worth as much as a fresh start (rl_games leaves it in, and learns Cartpole slower).
-        ignored = torch.cat((buffer["first_done"].unsqueeze(0), buffer["dones"][:-1])) * getattr(self.env, "next_step_autoreset", False)
+        ignored = torch.cat((buffer["done_before"].unsqueeze(0), buffer["dones"][:-1])) * getattr(self.env, "next_step_autoreset", False)
         weight = 1.0 - ignored
         advantages *= weight
         sums = self.episodes.add_rollout(buffer["rewards"], shaped, torch.ones_like(shaped), dones=buffer["dones"])
@@ -1377,7 +1384,8 @@ class PPOAgent:
 
         obs, values, returns = flat(buffer["obs"]), flat(buffer["values"]), flat(advantages + buffer["values"])
         explained_variance = 1.0 - (returns - values).var() / returns.var().clamp(min=1e-8)
-        # statistics move once an epoch, between acting and learning, so that all passes over the batch see the same inputs
+        # statistics move here alone, between acting and learning, so that all passes over the batch see the same inputs; the ratio
+        # therefore starts near 1, not at it. The old values are taken in, and normalised, before the returns are, as rl_games does it.
         if args.normalize_input:
             model.running_mean_std.update(obs)
         if args.normalize_value:
@@ -1386,7 +1394,7 @@ class PPOAgent:
         if args.normalize_value:
             model.value_mean_std.update(returns.unsqueeze(1))
         returns, advantages, weight = model.norm_value(returns), flat(advantages), flat(weight)
-        # over the whole rollout: the step size then does not depend on the reward's scale (Huang et al. 2022, detail 7)
+        # over the whole rollout (Huang et al. 2022, detail 7: each minibatch): the step size then does not depend on the reward's scale
         if args.norm_adv:
             total, n = average(torch.stack((advantages.sum(), weight.sum())))
             advantages = weight * (advantages - total / n)
@@ -1406,14 +1414,15 @@ class PPOAgent:
 
         figures = torch.zeros(6, device=self.device)  # sums of ppo_loss' five and of the KL divergence
         for _ in range(args.update_epochs):
-            epoch_kl = torch.zeros((), device=self.device)
+            pass_kl = torch.zeros((), device=self.device)
             for part in minibatches:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=args.mixed_precision):
                     loss, mu, logstd, losses = self.ppo_loss(model, part, args)
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 # How far from the policy that acted; that is what the clipped ratio trusts. (rl_games: since the last pass over these
-                # rows, which lets the learning rate run up to its limit, and Cartpole falls back now and then after it is solved.)
+                # rows, which lets the learning rate run up to its limit, and Cartpole falls back now and then after it is solved.) As there, it is
+                # taken before the step, so the first minibatch of an epoch reads about 0 and the rate goes up.
                 kl = policy_kl(mu, logstd, part.mus, old_logstd)
                 if WORLD_SIZE > 1:  # the processes' mean gradient and KL divergence, in one message
                     gradients = [p.grad for p in model.parameters()]
@@ -1423,17 +1432,18 @@ class PPOAgent:
                 if args.max_grad_norm > 0:
                     nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 self.optimizer.step()
-                epoch_kl += kl / len(minibatches)
+                pass_kl += kl / len(minibatches)
                 figures += torch.cat((losses, kl.view(1)))
                 if args.lr_schedule == "adaptive" and args.schedule_type == "legacy":
                     self.lr.copy_(adaptive_lr(self.lr, kl, args.kl_threshold))
             if args.lr_schedule == "adaptive" and args.schedule_type == "standard":
-                self.lr.copy_(adaptive_lr(self.lr, epoch_kl, args.kl_threshold))
+                self.lr.copy_(adaptive_lr(self.lr, pass_kl, args.kl_threshold))
 
         return self.fetch(figures / (args.update_epochs * len(minibatches)), about_batch)
 
     def fetch(self, about_passes: Tensor, about_batch: Tensor) -> Dict[str, float]:
-        """The epoch's one transfer from the device: all figures, averaged over the processes, by name."""
+        """All figures of the epoch in one transfer from the device, averaged over the processes, by name. Stops the run if one is NaN or
+        Inf, and sets mean_rewards."""
         weights = torch.stack([p.detach().sum() for p in self.model.parameters()]).sum()  # NaN or Inf if any of them is
         window = self.episodes.finished.rows
         finished = torch.full((1,), float(len(window)), device=self.device)
@@ -1522,10 +1532,12 @@ class PPOAgent:
     def check_rollout(self) -> None:
         """A batch with NaN or Inf in it never reaches the weights, nor a checkpoint: name what went bad first, and stop."""
         named = {"observations": "obs", "mean actions": "mus", "actions": "actions", "values": "values", "rewards": "rewards"}
-        good = torch.stack([self.buffer[name].sum() for name in named.values()]).isfinite().all()
+        good = torch.stack([self.obs.sum(), *(self.buffer[name].sum() for name in named.values())]).isfinite().all()
         if average(good.float()) == 1.0:  # the epoch's other wait for the device
             return
         bad = ~torch.stack([self.buffer[name].unsqueeze(-1).flatten(2).isfinite().all(-1) for name in named.values()], dim=1)  # (T, 5, E)
+        bad = torch.cat((bad, torch.zeros_like(bad[:1])))
+        bad[-1, 0] = ~self.obs.isfinite().all(-1)  # the observations that follow the rollout: their value is in the advantages
         if average(bad.any().float()) == 0.0:
             return  # only a sum was too large
         if not bad.any():
@@ -1536,12 +1548,15 @@ class PPOAgent:
 
     def stop_for_bad_numbers(self, what: str) -> None:
         path = os.path.join(self.config["run_dir"], f"nan_dump{f'_{RANK}' if RANK else ''}.pth")
+        kept = "nothing of this epoch was saved"
         with contextlib.suppress(OSError):
             save_checkpoint({**self.get_full_state_weights(gather=False), "buffer": self.buffer, "what": what}, path)
-        raise TrainingError(f"NaN or Inf in {what}, epoch {self.epoch_num}: stopped; nothing of this epoch was saved but {path}, to look into")
+            kept += f" but {path}, to look into"
+        raise TrainingError(f"NaN or Inf in {what}, epoch {self.epoch_num}: stopped; {kept}")
 
     def save_checkpoints(self, overdue: bool) -> None:
-        """best.pth at each new best mean reward over a full window, epoch_<N>.pth every save_frequency epochs."""
+        """best.pth at each new best mean reward over a full window, from epoch save_best_after on; epoch_<N>.pth every save_frequency
+        epochs; last.pth if no file was written for save_every_minutes."""
         args, state = self.args, None
         full_window = self.games == args.games_to_track
         if full_window and self.epoch_num >= args.save_best_after and self.mean_rewards > self.last_mean_rewards:
