@@ -183,6 +183,17 @@ def test_default_run_learns_cartpole(default_run):
     assert best["epoch"] >= 50 and best["last_mean_rewards"] == pytest.approx(max(rewards[49:]), abs=0.01)
 
 
+def test_five_seeds_learn_as_in_rl_games(tmp_path):
+    """rl_games 1.6 with the same settings: about 110, 200, 480 and 489 at epochs 20, 40, 60 and 100. In both a seed now and then stays below 480."""
+
+    def rewards(seed):
+        out, _ = shell("--seed", str(seed), "--save-frequency", "0", "--experiment", f"r{seed}", cwd=tmp_path)
+        return [float(re.search(rf"^epoch {epoch}/100 .* reward ([-\d.]+) ", out, re.M).group(1)) for epoch in (20, 40, 60, 100)]
+
+    rewards = np.array(at_once(rewards, range(1, 6)))
+    assert (rewards.mean(0) >= [85, 165, 430, 475]).all() and np.median(rewards[:, -1]) >= 480, rewards
+
+
 def test_best_checkpoint_plays(default_run):
     cwd, _, _, run_dir = default_run
     before = snapshot(cwd)
