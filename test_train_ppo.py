@@ -279,7 +279,9 @@ def test_second_signal_ends_it_at_once(here):
 
     def asleep(*arguments):
         process = subprocess.Popen([sys.executable, SCRIPT, *arguments], env={**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{HERE}"},
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                                   # a shell's background job, as these tests may be, has its children ignore it
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         assert any("asleep" in line for line in process.stdout)
         return process
 
@@ -291,7 +293,7 @@ def test_second_signal_ends_it_at_once(here):
     assert load_checkpoint("runs/r/nn/epoch_2.pth")["epoch"] == 2
     process = asleep("--play", "--checkpoint", "runs/r", "--games", "100000")
     process.send_signal(signal.SIGINT)
-    assert process.communicate() == ("", "") and process.returncode == 128 + signal.SIGINT, "--play has nothing to finish"
+    assert process.communicate(timeout=60) == ("", "") and process.returncode == 128 + signal.SIGINT, "--play has nothing to finish"
 
 
 def same_state(a, b):
