@@ -1241,9 +1241,12 @@ class Batch(NamedTuple):
     mus: Tensor  # (n, A) mean actions of the policy that acted
 
 
+# what ppo_loss returns last, in its order, by the names in the log
+LOSSES = dict(a_loss="the policy loss", c_loss="the value loss", entropy="the entropy", bounds_loss="the bounds loss", clipfrac="the clip fraction")
+
+
 def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> loss (), the new mean actions (n, A) and log std (A,), and (5,): policy loss, value loss,
-    entropy, bounds loss and clip fraction (in the log: a_loss, c_loss, entropy, bounds_loss, clipfrac)."""
+    """-> loss (), the new mean actions (n, A) and log std (A,), and LOSSES as one tensor (5,)."""
     mu, logstd, value = model(batch.obs)
     mu, value = mu.float(), value.float()  # of bfloat16 under mixed_precision: ratios near 1 need all their digits
     # Schulman et al. 2017, eq. 7: once the ratio has left the clip range in the direction that pays, its gradient is zero, so several
@@ -1412,7 +1415,7 @@ class PPOAgent:
         if args.lr_schedule == "linear":
             self.lr.fill_(1e-6 + (args.learning_rate - 1e-6) * max(0.0, 1.0 - (self.epoch_num - 1) / args.max_epochs))
 
-        figures = torch.zeros(6, device=self.device)  # sums of ppo_loss' five and of the KL divergence
+        figures = torch.zeros(len(LOSSES) + 1, device=self.device)  # sums of LOSSES and of the KL divergence
         for _ in range(args.update_epochs):
             pass_kl = torch.zeros((), device=self.device)
             for part in minibatches:
@@ -1448,11 +1451,9 @@ class PPOAgent:
         window = self.episodes.finished.rows
         finished = torch.full((1,), float(len(window)), device=self.device)
         means = average(torch.cat((about_passes, about_batch, torch.stack((self.lr, weights)), window.sum(0), finished)))
-        names = ("a_loss", "c_loss", "entropy", "bounds_loss", "clipfrac", "kl", "explained_variance", "longest", "lr", "weights",
-                 "reward", "shaped_reward", "length", "finished")
+        names = (*LOSSES, "kl", "explained_variance", "longest", "lr", "weights", "reward", "shaped_reward", "length", "finished")
         figures = dict(zip(names, means.tolist()))
-        for name, what in (("a_loss", "the policy loss"), ("c_loss", "the value loss"), ("bounds_loss", "the bounds loss"),
-                           ("entropy", "the entropy"), ("kl", "the KL divergence"), ("weights", "the weights")):
+        for name, what in {**LOSSES, "kl": "the KL divergence", "weights": "the weights"}.items():
             if not math.isfinite(figures[name]):
                 self.stop_for_bad_numbers(what)
         for name in ("reward", "shaped_reward", "length"):
@@ -1514,7 +1515,7 @@ class PPOAgent:
             step_inference_rl_update_fps=frames / epoch_time, step_inference_fps=frames / play_time, step_fps=frames / max(step_time, 1e-9),
             rl_update_time=epoch_time - play_time, step_inference_time=play_time, step_time=step_time).items():
             write("performance/" + name, value, frame)
-        for name in ("a_loss", "c_loss", "entropy", "bounds_loss", "clipfrac", "explained_variance"):
+        for name in (*LOSSES, "explained_variance"):
             write("losses/" + name, figures[name], frame)
         for name, value in dict(last_lr=figures["lr"], lr_mul=1.0, e_clip=self.args.clip_coef, kl=figures["kl"], epochs=self.epoch_num).items():
             write("info/" + name, value, frame)
