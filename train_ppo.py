@@ -120,6 +120,17 @@ def average(x: Tensor) -> Tensor:
     return x
 
 
+def mean_and_var(x: Tensor) -> Tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of the rows of x (n, ...), taken over the rows of all processes."""
+    mean, var = x.mean(0), x.var(0)
+    if WORLD_SIZE > 1:
+        n, own_mean = len(x), mean
+        mean = average(own_mean.clone())
+        squares = average(var * (n - 1) + n * (own_mean - mean).square())
+        var = squares * WORLD_SIZE / (n * WORLD_SIZE - 1)
+    return mean, var
+
+
 # ======================================================================================================================
 # 1  ARGUMENTS
 # ======================================================================================================================
@@ -176,8 +187,10 @@ class Args:
     update_epochs: int = 8  # passes over each rollout (rl_games: mini_epochs)
     learning_rate: float = 3e-4  # Adam's learning rate, the initial one unless lr_schedule is fixed
     lr_schedule: Literal["adaptive", "linear", "fixed"] = "adaptive"  # by the KL divergence, or down to 1e-6 at max_epochs
-    schedule_type: Literal["legacy", "standard"] = "legacy"  # adapt after each minibatch (legacy) or update epoch (standard)
-    kl_threshold: float = 0.008  # the KL divergence from the acting policy that the adaptive schedule aims at
+    schedule_type: Literal["legacy", "standard"] = "legacy"  # step the schedule after each minibatch (legacy) or pass (standard)
+    kl_threshold: float = 0.008  # the KL divergence between two passes over a minibatch that the adaptive schedule aims at
+    max_lr: float = 1e-2  # highest learning rate of the adaptive schedule
+    min_lr: float = 1e-6  # lowest learning rate of the adaptive schedule
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation (rl_games: tau)
     clip_coef: float = 0.2  # clip range of the probability ratio, and of the value if clip_vloss (rl_games: e_clip)
@@ -192,7 +205,7 @@ class Args:
     value_bootstrap: bool = True  # add gamma * V(s) to the reward where an episode was cut by the clock
     reward_scale: float = 0.1  # multiplies rewards before learning (rl_games: reward_shaper.scale_value)
     clip_actions: bool = True  # clip actions to [-1, 1] on their way to the env
-    mixed_precision: bool = False  # bfloat16 autocast in the update: for large networks, on a GPU or a CPU with bfloat16 instructions
+    mixed_precision: bool = False  # bfloat16 autocast in the update, on CUDA only
     compile: bool = False  # torch.compile policy, GAE and loss (on CUDA with graphs): faster epochs after a slow start
 
     # network
@@ -240,7 +253,6 @@ RL_GAMES_NAMES = dict(
 #     optional: max_episode_length, clip_obs (the range of its observations, for export), get_env_state(), set_env_state(state),
 #               set_train_info(frame, algo) before each rollout, render(mode="rgb_array"), close(),
 #               exact_state = True: get_env_state() holds the whole simulation, so a run can continue to the last bit
-#               next_step_autoreset = True: the step after a done ignores its action and resets; the update leaves it out
 # ======================================================================================================================
 
 
@@ -255,7 +267,7 @@ class Cartpole:
     """
 
     num_obs, num_acts, max_episode_length, clip_obs = 4, 1, 500, 5.0
-    exact_state = next_step_autoreset = True
+    exact_state = True
 
     def __init__(self, num_envs: int, device: torch.device):
         self.num_envs, self.device = num_envs, device
@@ -556,11 +568,9 @@ class RunningMeanStd(nn.Module):
         self.register_buffer("count", torch.ones((), dtype=torch.float64))
 
     def update(self, x: Tensor) -> None:
-        """Merge a batch x (n, size) by its moments (Chan et al. 1979: parallel variance)."""
+        """Merge a batch x (n, size) by its moments (Chan et al. 1979: parallel variance); its variance is the unbiased one, as in rl_games."""
         n = x.shape[0] * WORLD_SIZE
-        var, own_mean = torch.var_mean(x, dim=0, unbiased=False)
-        mean = average(own_mean.clone())
-        var = average(var + (own_mean - mean).square())
+        mean, var = mean_and_var(x)
         total = self.count + n
         delta = mean - self.running_mean
         m2 = self.running_var * self.count + var * n + delta.square() * self.count * n / total
@@ -619,11 +629,12 @@ class ActorCritic(nn.Module):
         return self.value_mean_std.denormalize(value) if self.normalize_value else value
 
     def forward(self, normed_obs: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        """Normalised observations (n, O) -> mean action (n, A), log std (A,), normalised value (n,)."""
+        """Normalised observations (n, O) -> mean action (n, A), log std (n, A), normalised value (n,)."""
         net = self.a2c_network
         features = net.actor_mlp(normed_obs)
         value_features = net.critic_mlp(normed_obs) if self.separate else features
-        return net.mu(features), net.sigma, net.value(value_features).squeeze(-1)
+        mu = net.mu(features)
+        return mu, net.sigma.expand_as(mu), net.value(value_features).squeeze(-1)
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -656,9 +667,9 @@ def make_model(args: Args, num_obs: int, num_acts: int, state: Optional[Dict[str
 
 
 def log_prob(action: Tensor, mu: Tensor, logstd: Tensor) -> Tensor:
-    """Log density of a diagonal Gaussian: (n, A), (n, A), (A,) -> (n,)."""
-    z = (action - mu) * (-logstd).exp()
-    return -0.5 * z.square().sum(-1) - logstd.sum() - 0.5 * math.log(2 * math.pi) * mu.shape[-1]
+    """Log density of a diagonal Gaussian: three (n, A) -> (n,)."""
+    z = (action - mu) / logstd.exp()
+    return -(0.5 * z.square().sum(-1) + 0.5 * math.log(2.0 * math.pi) * mu.shape[-1] + logstd.sum(-1))
 
 
 # ======================================================================================================================
@@ -1121,7 +1132,8 @@ def from_rl_games(state: Dict[str, Any], path: str) -> Dict[str, Any]:
     best = float(state.get("last_mean_rewards", -math.inf))
     return {
         "model": model, "optimizer": state["optimizer"], "epoch": state["epoch"], "frame": state["frame"],
-        "last_mean_rewards": best if best > -1e8 else -math.inf, "env_state": state.get("env_state"),
+        # -100500 and -1000000000 are what rl_games starts from
+        "last_mean_rewards": best if best > -100500 else -math.inf, "env_state": state.get("env_state"),
         "args": sizes, "num_obs": num_obs, "num_acts": num_acts, "lr": state["optimizer"]["param_groups"][0]["lr"],
         # what it does not keep
         "best_epoch": 0, "total_time": 0.0, "clip_obs": None, "observers": {}, **new_episodes(),
@@ -1232,13 +1244,14 @@ def gae(rewards: Tensor, values: Tensor, dones: Tensor, last_value: Tensor, gamm
 class Batch(NamedTuple):
     """A rollout, or a minibatch of it, as the update sees it."""
 
-    obs: Tensor  # (n, O) normalised
+    obs: Tensor  # (n, O) as the env gave them
     actions: Tensor  # (n, A) as sampled, before clipping
     logprobs: Tensor  # (n,) under the policy that acted
     advantages: Tensor  # (n,) normalised
     values: Tensor  # (n,) predicted during the rollout, normalised anew
     returns: Tensor  # (n,) normalised
-    mus: Tensor  # (n, A) mean actions of the policy that acted
+    mus: Tensor  # (n, A) mean actions when these rows were last passed over: at first those of the policy that acted
+    sigmas: Tensor  # (n, A) and the standard deviations then
 
 
 # what ppo_loss returns last, in its order, by the names in the log
@@ -1246,8 +1259,8 @@ LOSSES = dict(a_loss="the policy loss", c_loss="the value loss", entropy="the en
 
 
 def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> loss (), the new mean actions (n, A) and log std (A,), and LOSSES as one tensor (5,)."""
-    mu, logstd, value = model(batch.obs)
+    """-> loss (), the new mean actions (n, A) and log std (n, A), and LOSSES as one tensor (5,)."""
+    mu, logstd, value = model(model.norm_obs(batch.obs))
     mu, value = mu.float(), value.float()  # of bfloat16 under mixed_precision: ratios near 1 need all their digits
     # Schulman et al. 2017, eq. 7: once the ratio has left the clip range in the direction that pays, its gradient is zero, so several
     # passes over one batch cannot run off with the policy. The min keeps the gradient that leads back.
@@ -1263,7 +1276,7 @@ def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Tensor, Tens
         value_loss = torch.max(value_loss, (value_clipped - batch.returns).square())
     value_loss = value_loss.mean()
 
-    entropy = logstd.sum() + 0.5 * (1.0 + math.log(2 * math.pi)) * len(logstd)
+    entropy = (0.5 + 0.5 * math.log(2 * math.pi) + logstd).sum(-1).mean()
     # actions are clipped to [-1, 1] on their way to the env: a mean action far outside changes nothing any more, so nothing else would
     # bring it back. Up to 1.1 is free (rl_games' soft_bound).
     bounds_loss = (mu.abs() - 1.1).clamp(min=0.0).square().sum(-1).mean()
@@ -1273,16 +1286,21 @@ def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Tensor, Tens
     return loss, mu.detach(), logstd.detach(), torch.stack((policy_loss, value_loss, entropy, bounds_loss, clipfrac)).detach()
 
 
-def policy_kl(mu: Tensor, logstd: Tensor, old_mu: Tensor, old_logstd: Tensor) -> Tensor:
-    """KL(new || old) of two diagonal Gaussians, mean over the batch; (n, A), (A,), (n, A), (A,) -> ()."""
-    var, old_var = (2 * logstd).exp(), (2 * old_logstd).exp()
-    return (old_logstd - logstd + (var + (mu - old_mu).square()) / (2 * old_var) - 0.5).sum(-1).mean()
+def policy_kl(mu: Tensor, sigma: Tensor, old_mu: Tensor, old_sigma: Tensor) -> Tensor:
+    """KL(new || old) of two diagonal Gaussians, mean over the batch, with the 1e-5 that rl_games adds; four (n, A) -> ()."""
+    log_ratio = (old_sigma / sigma + 1e-5).log()
+    distance = (sigma.square() + (mu - old_mu).square()) / (2.0 * (old_sigma.square() + 1e-5))
+    return (log_ratio + distance - 0.5).sum(-1).mean()
 
 
-def adaptive_lr(lr: Tensor, kl: Tensor, kl_threshold: float) -> Tensor:
-    """The learning rate that keeps the KL divergence near its threshold; tensors, so that no step waits for the GPU."""
-    lr = torch.where(kl > 2.0 * kl_threshold, (lr / 1.5).clamp(min=1e-6), lr)
-    return torch.where(kl < 0.5 * kl_threshold, (lr * 1.5).clamp(max=1e-2), lr)
+def next_lr(lr: Tensor, kl: Tensor, epoch: int, args: Args) -> Tensor:
+    """The learning rate that follows lr (), by rl_games' schedules; tensors, so that no step waits for the GPU."""
+    if args.lr_schedule == "adaptive":  # keep the KL divergence near its threshold
+        lr = torch.where(kl > 2.0 * args.kl_threshold, (lr / 1.5).clamp(min=args.min_lr), lr)
+        return torch.where(kl < 0.5 * args.kl_threshold, (lr * 1.5).clamp(max=args.max_lr), lr)
+    if args.lr_schedule == "linear":
+        return torch.full_like(lr, 1e-6 + (args.learning_rate - 1e-6) * max(0.0, 1.0 - epoch / args.max_epochs))
+    return lr
 
 
 def compiled(functions: List[Any], device: torch.device) -> List[Any]:
@@ -1301,6 +1319,8 @@ class PPOAgent:
     def __init__(self, args: Args, env, observer: AlgoObserver, writer: SummaryWriter, config: Dict[str, Any]):
         self.args, self.env, self.algo_observer, self.writer, self.config = args, env, observer, writer, config
         self.device = self.ppo_device = pick_device(args.device)
+        if args.mixed_precision and self.device.type != "cuda":
+            log("--mixed-precision does nothing on a CPU, as in rl_games")
         self.nn_dir = os.path.join(config["run_dir"], "nn")  # of checkpoints, by rl_games' name
         self.games_to_track, self.num_agents, self.args_dict = args.games_to_track, 1, plain(asdict(args))
         self.epoch_num, self.frame, self.total_time = 0, 0, 0.0
@@ -1326,7 +1346,6 @@ class PPOAgent:
         T, E, O, A = args.num_steps, env.num_envs, env.num_obs, env.num_acts
         self.buffer = {name: torch.zeros(T, E, *shape, device=self.device) for name, shape in dict(
             obs=(O,), actions=(A,), mus=(A,), logprobs=(), values=(), rewards=(), dones=(), time_outs=()).items()}
-        self.buffer["done_before"] = torch.zeros(E, device=self.device)  # whether the step before the rollout ended an episode
         self.episodes = EpisodeMeter(E, args.games_to_track, 3, self.device)  # returns, shaped returns and lengths
         self.obs = env.reset()["obs"].to(self.device)
         self.dones = torch.zeros(E, dtype=torch.bool, device=self.device)
@@ -1343,7 +1362,6 @@ class PPOAgent:
         (self.obs may be the env's own: it is used up before the next step).
         """
         buffer, env_seconds = self.buffer, 0.0
-        buffer["done_before"].copy_(self.dones)
         for t in range(self.args.num_steps):
             action, logprob, value, mu = self.act(self.obs, torch.randn_like(buffer["actions"][t]))
             for name, x in (("obs", self.obs), ("actions", action), ("logprobs", logprob), ("values", value), ("mus", mu)):
@@ -1372,12 +1390,7 @@ class PPOAgent:
             # An episode cut by the clock has a future (Pardo et al. 2018). V(s_{t+1}) would be the exact thing to add, but some tasks
             # return the next episode's first observation there, so, like rl_games, take V(s_t): one step off, but never of another episode.
             shaped = shaped + args.gamma * buffer["values"] * buffer["time_outs"]
-        advantages = self.gae(shaped, buffer["values"], buffer["dones"], model.value(self.obs), args.gamma, args.gae_lambda)
-        # A step whose action the env ignored, because it had to reset, must teach nothing. Left in, it tells the critic that the
-        # state at the end of an episode is worth as much as a fresh start (rl_games leaves it in, and learns Cartpole slower).
-        ignored = torch.cat((buffer["done_before"].unsqueeze(0), buffer["dones"][:-1])) * getattr(self.env, "next_step_autoreset", False)
-        weight = 1.0 - ignored
-        advantages *= weight
+        returns = buffer["values"] + self.gae(shaped, buffer["values"], buffer["dones"], model.value(self.obs), args.gamma, args.gae_lambda)
         sums = self.episodes.add_rollout(buffer["rewards"], shaped, torch.ones_like(shaped), dones=buffer["dones"])
         longest = (sums[..., 2] * buffer["dones"]).max()
         del sums  # as large as the rollout is
@@ -1385,24 +1398,23 @@ class PPOAgent:
         def flat(x: Tensor) -> Tensor:  # (T, E, ...) -> (N, ...) by env: with thousands of envs minibatches need no shuffling
             return x.transpose(0, 1).flatten(0, 1)
 
-        obs, values, returns = flat(buffer["obs"]), flat(buffer["values"]), flat(advantages + buffer["values"])
+        obs, values, returns = flat(buffer["obs"]), flat(buffer["values"]), flat(returns)
+        advantages = returns - values  # not what gae gave: like this rounding is rl_games' as well
         explained_variance = 1.0 - (returns - values).var() / returns.var().clamp(min=1e-8)
-        # statistics move here alone, between acting and learning, so that all passes over the batch see the same inputs; the ratio
-        # therefore starts near 1, not at it. The old values are taken in, and normalised, before the returns are, as rl_games does it.
-        if args.normalize_input:
-            model.running_mean_std.update(obs)
+        # The old values are taken in, and normalised, before the returns are, as rl_games does it.
         if args.normalize_value:
             model.value_mean_std.update(values.unsqueeze(1))
         values = model.norm_value(values)
         if args.normalize_value:
             model.value_mean_std.update(returns.unsqueeze(1))
-        returns, advantages, weight = model.norm_value(returns), flat(advantages), flat(weight)
+        returns = model.norm_value(returns)
         # over the whole rollout (Huang et al. 2022, detail 7: each minibatch): the step size then does not depend on the reward's scale
         if args.norm_adv:
-            total, n = average(torch.stack((advantages.sum(), weight.sum())))
-            advantages = weight * (advantages - total / n)
-            advantages /= (average(advantages.square().sum()) / n).sqrt() + 1e-8
-        batch = Batch(model.norm_obs(obs), flat(buffer["actions"]), flat(buffer["logprobs"]), advantages, values, returns, flat(buffer["mus"]))
+            mean, var = mean_and_var(advantages)
+            advantages = (advantages - mean) / (var.sqrt() + 1e-8)
+        mus = flat(buffer["mus"])
+        sigmas = model.a2c_network.sigma.exp().expand_as(mus).clone()
+        batch = Batch(obs, flat(buffer["actions"]), flat(buffer["logprobs"]), advantages, values, returns, mus, sigmas)
         return batch, torch.stack((explained_variance, longest))
 
     def update(self) -> Dict[str, float]:
@@ -1410,23 +1422,23 @@ class PPOAgent:
         args, model = self.args, self.model
         self.check_rollout()
         batch, about_batch = self.make_batch()
-        old_logstd = model.a2c_network.sigma.detach().clone()
         minibatches = [Batch(*rows) for rows in zip(*(x.split(self.minibatch_size) for x in batch))]
-        if args.lr_schedule == "linear":
-            self.lr.fill_(1e-6 + (args.learning_rate - 1e-6) * max(0.0, 1.0 - (self.epoch_num - 1) / args.max_epochs))
-
         figures = torch.zeros(len(LOSSES) + 1, device=self.device)  # sums of LOSSES and of the KL divergence
-        for _ in range(args.update_epochs):
+        for update_epoch in range(args.update_epochs):
             pass_kl = torch.zeros((), device=self.device)
             for part in minibatches:
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=args.mixed_precision):
+                # The statistics of the observations move in the first pass, each minibatch before it is normalised with them, and then
+                # rest until the next epoch.
+                if args.normalize_input and update_epoch == 0:
+                    model.running_mean_std.update(part.obs)
+                with torch.autocast("cuda", torch.bfloat16, enabled=args.mixed_precision and self.device.type == "cuda"):
                     loss, mu, logstd, losses = self.ppo_loss(model, part, args)
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                # How far from the policy that acted; that is what the clipped ratio trusts. (rl_games: since the last pass over these
-                # rows, which lets the learning rate run up to its limit, and Cartpole falls back now and then after it is solved.) As there, it is
-                # taken before the step, so the first minibatch of an epoch reads about 0 and the rate goes up.
-                kl = policy_kl(mu, logstd, part.mus, old_logstd)
+                # How far the policy has moved since these rows were last passed over, before this step.
+                kl = policy_kl(mu, logstd.exp(), part.mus, part.sigmas)
+                part.mus.copy_(mu)
+                part.sigmas.copy_(logstd.exp())
                 if WORLD_SIZE > 1:  # the processes' mean gradient and KL divergence, in one message
                     gradients = [p.grad for p in model.parameters()]
                     message = average(torch.cat([kl.view(1), *(g.flatten() for g in gradients)]))
@@ -1437,10 +1449,10 @@ class PPOAgent:
                 self.optimizer.step()
                 pass_kl += kl / len(minibatches)
                 figures += torch.cat((losses, kl.view(1)))
-                if args.lr_schedule == "adaptive" and args.schedule_type == "legacy":
-                    self.lr.copy_(adaptive_lr(self.lr, kl, args.kl_threshold))
-            if args.lr_schedule == "adaptive" and args.schedule_type == "standard":
-                self.lr.copy_(adaptive_lr(self.lr, pass_kl, args.kl_threshold))
+                if args.schedule_type == "legacy":
+                    self.lr.copy_(next_lr(self.lr, kl, self.epoch_num, args))
+            if args.schedule_type == "standard":
+                self.lr.copy_(next_lr(self.lr, pass_kl, self.epoch_num, args))
 
         return self.fetch(figures / (args.update_epochs * len(minibatches)), about_batch)
 
@@ -1872,6 +1884,8 @@ class Runner:
             together(dist.init_process_group, "nccl" if device.type == "cuda" else "gloo")
             if RANK > 0:
                 self.algo_observer = MultiObserver([])
+        if pick_device(args.device).type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, as in rl_games
         seed_everything(args)
         env = make_env(replace(args, seed=args.seed + RANK))
         env = RecordVideo(env, args) if args.capture_video else env
