@@ -1,31 +1,29 @@
-"""PPO for Isaac Gym in one file: train, log, checkpoint, continue, play, export.
+"""PPO for Isaac Gym in one file: train, log, save, continue, play.
 
-    python train_ppo.py                                             train the built-in Cartpole (seconds, any machine)
-    python train_ppo.py --env-id Ant --track                        an IsaacGymEnvs task, metrics to Weights & Biases too
-    python train_ppo.py --env-id my_module:make_env                 your own batched environment
-    python train_ppo.py --checkpoint runs/NAME                      continue a run where it stopped
-    python train_ppo.py --play --checkpoint runs/NAME/nn/best.pth   evaluate a policy
-    python train_ppo.py --export DIR --checkpoint runs/NAME         a policy as ONNX and TorchScript, for a robot
-    torchrun --nproc-per-node=2 train_ppo.py                        on several GPUs; --num-envs is for each process
-    python train_ppo.py --help                                      every argument
+    python train_ppo.py                                 train the built-in Cartpole, on any machine
+    python train_ppo.py --env-id Ant --track            an IsaacGymEnvs task, logged to W&B too
+    python train_ppo.py --env-id my_module:make_env     your own batched environment
+    python train_ppo.py --checkpoint runs/NAME          continue a run where it stopped
+    python train_ppo.py --play --checkpoint runs/NAME   evaluate its policy
+    torchrun --nproc-per-node=2 train_ppo.py            train on two GPUs
 
-Read it top to bottom. To find a thing, search for its section:
+It computes what rl_games 1.6.1 computes, update after update (benchmarks/fidelity.py). Read it from
+the top: `PPOAgent.train` is the outline of the algorithm, and there you may stop. The sections:
 
-    1  ARGUMENTS      Args, and where a value comes from: flag > checkpoint > task's yaml > default
-    2  ENVIRONMENTS   Cartpole (plain torch), Isaac Gym, module:factory
-    3  NETWORKS       RunningMeanStd, ActorCritic
-    4  METRICS        WindowMeter, EpisodeMeter, Writer (TensorBoard)
-    5  OBSERVERS      AlgoObserver, RLGPUAlgoObserver, WandbAlgoObserver (how a metric reaches W&B), MultiObserver
-    6  CHECKPOINTS    save_checkpoint, load_checkpoint, from_rl_games, find_checkpoint
-    7  PPO            gae, ppo_loss, PPOAgent: rollout, update, train; save_checkpoints (where best.pth is written)
-    8  PLAY, EXPORT   play, export_policy
-    9  RUNNER         run folder, stop signals, Runner, parse_args, main
+    ARGUMENTS      Args
+    NETWORK        RunningMeanStd, ActorCritic; put another network here
+    PPO            rollout, gae, make_batch, ppo_loss, update; PPOAgent with the loop
+    ENVIRONMENTS   Cartpole in plain torch, Isaac Gym, module:factory
+    METRICS        what is measured, and its way to the console, TensorBoard and W&B
+    CHECKPOINTS    what they hold, when they are written, how they are read
+    RUNNER         evaluation, run folder, stop signals, command line
 
 Shapes: T = num_steps, E = num_envs, N = T * E, O = num_obs, A = num_acts.
 """
-import codecs
+
 import collections
 import contextlib
+import errno
 import functools
 import glob
 import importlib.util
@@ -40,88 +38,436 @@ import re
 import shlex
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import threading
 import time
 import traceback
+import typing
 import urllib.request
-import uuid
-import warnings
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Dict, Iterable, List, Literal, NamedTuple, Optional, Tuple
+from types import SimpleNamespace
+from typing import Any, Callable, Dict, List, Literal, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-# isaacgym refuses to be imported after torch, so it comes first, and before anything that imports torch.
+# isaacgym refuses to be imported after torch, so it comes first.
 ISAACGYM_ERROR: Optional[str] = "it is not installed"  # None once it is imported
 if importlib.util.find_spec("isaacgym") is not None:
-    vars(np).setdefault("float", float)  # isaacgym.torch_utils still says np.float, gone since numpy 1.24
+    vars(np).setdefault("float", float)  # isaacgym.torch_utils uses np.float, gone since numpy 1.24
     try:
         import isaacgym  # noqa: F401
 
         ISAACGYM_ERROR = None
-    except Exception as exc:  # torch first ("import train_ppo before torch"), libpython not found, no driver ...
+    except Exception as exc:
         ISAACGYM_ERROR = f"importing it failed: {exc}"
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import tyro  # noqa: E402
-from tensorboard.compat.proto.event_pb2 import Event  # noqa: E402
-from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils.tensorboard import SummaryWriter  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+import torch.distributed as dist
+import tyro
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+# Several GPUs: torchrun starts WORLD_SIZE processes of this program, numbered by RANK. Each has
+# environments and a seed of its own. All start from rank 0's weights and average gradients, KL
+# divergence, statistics and figures (`average`), so that all take the same decisions. Rank 0 alone
+# prints, logs and saves; the observers live there.
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
-class UserError(Exception):
-    """A mistake that the user can mend: `main` prints it as one line and exits with 2."""
+# ARGUMENTS ========================================================================================
+# Where a value comes from, highest first: a flag; the checkpoint that is continued or played; the
+# task's own settings (<Task>PPO.yaml of IsaacGymEnvs); the default below.
 
 
-class TrainingError(Exception):
-    """Training cannot go on, or its result is not on disk: `main` prints it as one line and exits with 1."""
+@dataclass
+class Args:
+    """CleanRL's names; rl_games: what <Task>PPO.yaml calls it. Defaults are CartpolePPO.yaml's."""
+
+    env_id: str = "Cartpole"  # Cartpole, an IsaacGymEnvs task such as Ant, or module:factory
+    sim: Literal["auto", "isaacgym", "torch"] = "auto"  # auto: Isaac Gym where it is installed
+    num_envs: int = 512  # parallel environments in each process (rl_games: num_actors)
+    seed: int = 42  # for Python, numpy and torch; each process adds its rank
+    torch_deterministic: bool = False  # use deterministic torch kernels only (slower on a GPU)
+    device: str = "auto"  # of simulation, policy and rollouts: auto, cpu, cuda, cuda:1
+    torch_threads: int = 1  # CPU threads; 1 is fastest for small networks, 0 is torch's own default
+    headless: bool = True  # Isaac Gym without its viewer window
+
+    # the run
+    experiment: str = ""  # name of the run's folder, made unique; empty: <env_id>_<date>_<time>
+    train_dir: str = "runs"  # folder of all runs
+    checkpoint: str = ""  # a run folder continues there, a .pth file starts a new run from there
+    init_from: str = ""  # like checkpoint, but only the weights: a new run from epoch 1
+    resume: bool = False  # continue --experiment if that folder has a checkpoint, else start it
+    max_epochs: int = 100  # rollouts and updates in all, earlier parts of the run included
+    save_frequency: int = 25  # epochs between the periodic checkpoints; 0: none
+    save_best_after: int = 50  # first epoch that may write best.pth
+    games_to_track: int = 100  # finished episodes in the window of the mean reward
+    strict_observers: bool = False  # an observer that raises ends training, for debugging it
+    play: bool = False  # run the policy of --checkpoint instead of training; writes nothing
+
+    # Weights & Biases
+    track: bool = False  # log there too; its own variables (WANDB_MODE, WANDB_TAGS ...) are obeyed
+    wandb_project_name: str = "train_ppo"  # its project
+    wandb_entity: str = ""  # its team or user; empty: your default
+
+    # PPO
+    num_steps: int = 16  # steps of each environment in a rollout (rl_games: horizon_length)
+    minibatch_size: int = 8192  # samples in a gradient step; a smaller rollout is one minibatch
+    update_epochs: int = 8  # passes over each rollout (rl_games: mini_epochs)
+    learning_rate: float = 3e-4  # Adam's, at the start
+    lr_schedule: Literal["adaptive", "linear", "fixed"] = "adaptive"  # adaptive: by KL divergence
+    schedule_type: Literal["legacy", "standard"] = "legacy"  # after each minibatch, or each pass
+    kl_threshold: float = 0.008  # KL divergence that the adaptive schedule aims at
+    max_lr: float = 1e-2  # highest learning rate of the adaptive schedule
+    min_lr: float = 1e-6  # lowest learning rate of the adaptive schedule
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation (rl_games: tau)
+    clip_coef: float = 0.2  # clip range of the probability ratio and the value (rl_games: e_clip)
+    clip_vloss: bool = True  # clip the value loss (rl_games: clip_value)
+    vf_coef: float = 4.0  # weight of half the squared value error (rl_games: critic_coef)
+    ent_coef: float = 0.0  # weight of the entropy bonus (rl_games: entropy_coef)
+    bounds_loss_coef: float = 1e-4  # weight of the loss on mean actions outside [-1.1, 1.1]
+    max_grad_norm: float = 1.0  # gradient norm to clip at; 0: do not clip (rl_games: grad_norm)
+    norm_adv: bool = True  # normalise advantages (rl_games: normalize_advantage)
+    normalize_input: bool = True  # normalise observations with running statistics
+    normalize_value: bool = True  # normalise returns with running statistics
+    value_bootstrap: bool = True  # at a time limit, add gamma * V(s_t) to the reward
+    reward_scale: float = 0.1  # multiplies rewards before learning (rl_games: scale_value)
+    clip_actions: bool = True  # clip actions to [-1, 1] on their way to the environment
+    mixed_precision: bool = False  # bfloat16 autocast in the update; on CUDA only
+    compile: bool = False  # torch.compile policy, GAE and loss; CUDA graphs on CUDA
+
+    # network
+    units: Tuple[int, ...] = (32, 32)  # widths of the hidden layers
+    activation: Literal["elu", "relu", "tanh", "selu", "gelu", "swish"] = "elu"  # after each one
+    separate: bool = False  # give the value function hidden layers of its own
+    sigma_init: float = 0.0  # log standard deviation of the actions at the start
 
 
-# torchrun starts WORLD_SIZE processes that train one policy on envs of their own; the one of rank 0 alone prints, logs and saves
-RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+# NETWORK ==========================================================================================
+# Parameters have rl_games' names and order, so a checkpoint, optimizer state included, can move
+# between the two. For a CNN or a transformer change ActorCritic: observations stay flat (O,), and
+# `forward` may reshape them. An LSTM also needs its state in `act`, `rollout`, `play` and `Batch`,
+# reset at each done, and minibatches of whole sequences.
 
 
-def log(message: str) -> None:
-    """Print a line without tearing the live progress line."""
-    if RANK == 0:
-        tqdm.write(message)
-        sys.stdout.flush()
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all that was seen, in float64. It starts with count 1, mean 0, var 1."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("running_var", torch.ones(size, dtype=torch.float64))
+        self.register_buffer("count", torch.ones((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Take in a batch x (n, size) by its moments (Chan et al. 1979, parallel variance)."""
+        n = len(x) * WORLD_SIZE
+        mean, var = mean_and_var(x)
+        total = self.count + n
+        delta = mean - self.running_mean
+        squares = self.running_var * self.count + var * n + delta.square() * self.count * n / total
+        self.running_mean += delta * n / total
+        self.running_var.copy_(squares / total)
+        self.count.copy_(total)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        std = (self.running_var.float() + 1e-5).sqrt()
+        # The clamp keeps one broken sensor from saturating the network.
+        return ((x - self.running_mean.float()) / std).clamp(-5.0, 5.0)
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        std = (self.running_var.float() + 1e-5).sqrt()
+        return x.clamp(-5.0, 5.0) * std + self.running_mean.float()
 
 
-def warn(message: str) -> None:
-    if RANK == 0:
-        tqdm.write(f"warning: {message}", file=sys.stderr)
+class ActorCritic(nn.Module):
+    """Gaussian policy and value function on an MLP (rl_games: continuous_a2c_logstd). The standard
+    deviation is the same in every state: one learned logarithm for each action."""
+
+    ACTIVATIONS = dict(
+        elu=nn.ELU, relu=nn.ReLU, tanh=nn.Tanh, selu=nn.SELU, gelu=nn.GELU, swish=nn.SiLU
+    )
+
+    def __init__(self, num_obs: int, num_acts: int, args: Args):
+        super().__init__()
+        width = args.units[-1] if args.units else num_obs
+        self.a2c_network = net = nn.Module()
+        net.sigma = nn.Parameter(torch.full((num_acts,), args.sigma_init))  # a logarithm, in fact
+        net.actor_mlp = self.mlp(num_obs, args)
+        if args.separate:
+            net.critic_mlp = self.mlp(num_obs, args)
+        net.value = nn.Linear(width, 1)
+        net.mu = nn.Linear(width, num_acts)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):  # as in rl_games: torch's weights, zero biases
+                nn.init.zeros_(module.bias)
+        self.running_mean_std = RunningMeanStd(num_obs) if args.normalize_input else None
+        self.value_mean_std = RunningMeanStd(1) if args.normalize_value else None
+        self.separate = args.separate
+
+    def mlp(self, size: int, args: Args) -> nn.Sequential:
+        layers: List[nn.Module] = []
+        for width in args.units:
+            layers += [nn.Linear(size, width), self.ACTIVATIONS[args.activation]()]
+            size = width
+        return nn.Sequential(*layers)
+
+    def forward(self, obs: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Observations (n, O) as the environment gives them -> mean action (n, A), logarithm of its
+        standard deviation (n, A), normalised value (n,)."""
+        net = self.a2c_network
+        if self.running_mean_std is not None:
+            obs = self.running_mean_std.normalize(obs)
+        features = net.actor_mlp(obs)
+        value_features = net.critic_mlp(obs) if self.separate else features
+        mu = net.mu(features)
+        return mu, net.sigma.expand_as(mu), net.value(value_features).squeeze(-1)
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, noise: Tensor) -> Dict[str, Tensor]:
+        """Observations (n, O) and normal noise (n, A) -> what a rollout keeps of a step."""
+        mu, logstd, value = self(obs)
+        sigma = logstd.exp()
+        actions = mu + sigma * noise
+        logprobs = log_prob(actions, mu, logstd)
+        values = self.denorm_value(value)
+        return dict(actions=actions, logprobs=logprobs, values=values, mus=mu, sigmas=sigma)
+
+    @torch.no_grad()
+    def value(self, obs: Tensor) -> Tensor:
+        """Observations (n, O) -> value in units of the scaled reward (n,)."""
+        return self.denorm_value(self(obs)[2])
+
+    def denorm_value(self, value: Tensor) -> Tensor:
+        return value if self.value_mean_std is None else self.value_mean_std.denormalize(value)
 
 
-def first_line(exc: BaseException) -> str:
-    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+def log_prob(action: Tensor, mu: Tensor, logstd: Tensor) -> Tensor:
+    """Log density of a diagonal Gaussian: three (n, A) -> (n,)."""
+    z = (action - mu) / logstd.exp()
+    constant = 0.5 * math.log(2.0 * math.pi) * mu.shape[-1]
+    return -(0.5 * z.square().sum(-1) + constant + logstd.sum(-1))
 
 
-def together(collective: Any, *args, **kwargs) -> None:
-    """Call something that every process takes part in; if another one has gone, say so instead of a backend's error."""
-    try:
-        collective(*args, **kwargs)
-    except RuntimeError as exc:
-        raise TrainingError(f"another process of this run has ended, so this one ({RANK}) stops too; start all again with --checkpoint") from exc
+# PPO, with rl_games' details ======================================================================
+# Schulman et al. 2017      Proximal policy optimization algorithms      arxiv.org/abs/1707.06347
+# Schulman et al. 2015      Generalised advantage estimation             arxiv.org/abs/1506.02438
+# Pardo et al. 2018         Time limits in reinforcement learning        arxiv.org/abs/1712.00378
+# Andrychowicz et al. 2020  What matters in on-policy learning?          arxiv.org/abs/2006.05990
+# Makoviychuk et al. 2021   Isaac Gym: thousands of envs on one GPU      arxiv.org/abs/2108.10470
+# Rudin et al. 2021         Learning to walk in minutes                  arxiv.org/abs/2109.11978
+
+
+@torch.no_grad()
+def rollout(policy, env, obs: Tensor, buffer: Dict[str, Tensor], args: Args, after_step):
+    """Take num_steps steps in every environment, starting from obs (E, O), and fill the buffer.
+
+    `policy` is ActorCritic.act; `after_step(infos, dones)` is called after each step. Returns the
+    observations after the last step (E, O) and the seconds that the environment took. It may
+    overwrite the tensors that it returned, so the buffer gets copies.
+    """
+    env_seconds = 0.0
+    for t in range(args.num_steps):
+        decision = policy(obs, torch.randn_like(buffer["actions"][t]))
+        buffer["obs"][t] = obs
+        for name, value in decision.items():
+            buffer[name][t] = value
+
+        start = time.perf_counter()
+        actions = decision["actions"]
+        step = env.step(actions.clamp(-1.0, 1.0) if args.clip_actions else actions)
+        env_seconds += time.perf_counter() - start
+
+        obs, rewards, dones, time_outs, infos = check_step(step, obs)
+        buffer["rewards"][t] = rewards
+        buffer["dones"][t] = dones
+        buffer["time_outs"][t] = time_outs
+        after_step(infos, dones)
+    return obs, env_seconds
+
+
+def shape_rewards(buffer: Dict[str, Tensor], args: Args) -> Tensor:
+    """The rewards that PPO learns from (T, E): scaled and, at a time limit, with gamma * V(s_t),
+    because the episode would have gone on (Pardo et al. 2018). The value of the next state would be
+    exact, but in some tasks the next observation is already one of a new episode. Like rl_games
+    this takes the value of the last state, one step earlier."""
+    rewards = args.reward_scale * buffer["rewards"]
+    if args.value_bootstrap:
+        rewards = rewards + args.gamma * buffer["values"] * buffer["time_outs"]
+    return rewards
+
+
+def gae(rewards: Tensor, values: Tensor, dones: Tensor, last_value: Tensor, args: Args) -> Tensor:
+    """Generalised advantage estimation (Schulman et al. 2015, equation 16) -> advantages (T, E).
+    rewards, values, dones (T, E): of each step; a done of 1.0 says that the episode ended with this
+    step, so that nothing after it counts; what a time limit cut off is in the rewards already.
+    last_value (E,): of the state after the rollout."""
+    advantages = torch.empty_like(rewards)
+    advantage = torch.zeros_like(last_value)
+    next_value = last_value
+    for t in reversed(range(len(rewards))):
+        alive = 1.0 - dones[t]
+        delta = rewards[t] + args.gamma * next_value * alive - values[t]
+        advantage = delta + args.gamma * args.gae_lambda * alive * advantage
+        advantages[t] = advantage
+        next_value = values[t]
+    return advantages
+
+
+class Batch(NamedTuple):
+    """A rollout as rows, or a minibatch of them."""
+
+    obs: Tensor  # (n, O) as the environment gave them
+    actions: Tensor  # (n, A) as sampled, before clipping
+    logprobs: Tensor  # (n,) of the actions, when they were taken
+    values: Tensor  # (n,) as predicted in the rollout
+    returns: Tensor  # (n,) what the values should have been
+    advantages: Tensor  # (n,) how much better the action was than expected
+    mus: Tensor  # (n, A) mean actions at the last pass over these rows; at first, in the rollout
+    sigmas: Tensor  # (n, A) and their standard deviations
+
+
+def make_batch(buffer: Dict[str, Tensor], advantages: Tensor) -> Batch:
+    """A rollout and its advantages (T, E) as N rows, and the returns that follow from them."""
+    returns = advantages + buffer["values"]
+    # Subtracting the values again looks idle, but repeats rl_games' rounding to the last bit.
+    columns = {**buffer, "returns": returns, "advantages": returns - buffer["values"]}
+    # (T, E, ...) -> (N, ...), one environment after the other, as rl_games has them. With thousands
+    # of environments a contiguous piece is mixed enough, and nothing is shuffled.
+    return Batch(*(columns[name].transpose(0, 1).flatten(0, 1) for name in Batch._fields))
+
+
+def normalize_batch(model: ActorCritic, batch: Batch, args: Args) -> Batch:
+    """The batch with normalised values, returns and advantages; the value statistics move."""
+    values, returns, advantages = batch.values, batch.returns, batch.advantages
+    if args.normalize_value:  # the values first: the returns are normalised with both taken in
+        model.value_mean_std.update(values.unsqueeze(1))
+        values = model.value_mean_std.normalize(values)
+        model.value_mean_std.update(returns.unsqueeze(1))
+        returns = model.value_mean_std.normalize(returns)
+    if args.norm_adv:  # over the whole rollout; CleanRL does it in each minibatch
+        mean, var = mean_and_var(advantages)
+        advantages = (advantages - mean) / (var.sqrt() + 1e-8)
+    return batch._replace(values=values, returns=returns, advantages=advantages)
+
+
+LOSSES = ("a_loss", "c_loss", "entropy", "bounds_loss", "clipfrac")  # rl_games' names in the log
+
+
+def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Tensor, ...]:
+    """The loss to minimise (), the policy's mean actions and standard deviations (n, A), and the
+    values of LOSSES (5,)."""
+    mu, logstd, value = model(batch.obs)
+    mu, value = mu.float(), value.float()  # bfloat16 is too coarse for ratios near 1
+
+    # Schulman et al. 2017, equation 7. Where the ratio has left the clip range in the direction
+    # that pays, the gradient is zero, so several passes cannot run off with the policy.
+    ratio = (log_prob(batch.actions, mu, logstd) - batch.logprobs).exp()
+    clipped_ratio = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
+    policy_loss = -torch.min(batch.advantages * ratio, batch.advantages * clipped_ratio).mean()
+
+    # A value gains nothing by moving further than clip_coef, in normalised units, from the old one.
+    # rl_games and the original code do it; Andrychowicz et al. 2020 found that it does not help.
+    value_loss = (value - batch.returns).square()
+    if args.clip_vloss:
+        change = (value - batch.values).clamp(-args.clip_coef, args.clip_coef)
+        value_loss = torch.max(value_loss, (batch.values + change - batch.returns).square())
+    value_loss = value_loss.mean()
+
+    entropy = (0.5 + 0.5 * math.log(2.0 * math.pi) + logstd).sum(-1).mean()
+    # Actions are clipped to [-1, 1] on their way to the environment. A mean far outside changes
+    # nothing any more, so nothing else would bring it back.
+    bounds_loss = (mu.abs() - 1.1).clamp(min=0.0).square().sum(-1).mean()
+
+    loss = policy_loss + 0.5 * args.vf_coef * value_loss
+    loss = loss - args.ent_coef * entropy + args.bounds_loss_coef * bounds_loss
+    clipfrac = (ratio != clipped_ratio).float().mean()
+    losses = torch.stack((policy_loss, value_loss, entropy, bounds_loss, clipfrac))
+    return loss, mu.detach(), logstd.detach().exp(), losses.detach()
+
+
+def policy_kl(mu: Tensor, sigma: Tensor, old_mu: Tensor, old_sigma: Tensor) -> Tensor:
+    """Mean KL(new || old) of diagonal Gaussians, four (n, A) -> (), with rl_games' 1e-5 terms."""
+    log_ratio = (old_sigma / sigma + 1e-5).log()
+    distance = (sigma.square() + (mu - old_mu).square()) / (2.0 * (old_sigma.square() + 1e-5))
+    return (log_ratio + distance - 0.5).sum(-1).mean()
+
+
+def next_lr(lr: Tensor, kl: Tensor, epoch: int, args: Args) -> Tensor:
+    """The learning rate () after lr (). The adaptive schedule raises it where the policy moves too
+    little and lowers it where it moves too much; on tensors, so that nothing waits for the GPU."""
+    if args.lr_schedule == "adaptive":
+        lr = torch.where(kl > 2.0 * args.kl_threshold, (lr / 1.5).clamp(min=args.min_lr), lr)
+        return torch.where(kl < 0.5 * args.kl_threshold, (lr * 1.5).clamp(max=args.max_lr), lr)
+    if args.lr_schedule == "linear":
+        left = max(0.0, 1.0 - epoch / args.max_epochs)
+        return torch.full_like(lr, 1e-6 + (args.learning_rate - 1e-6) * left)
+    return lr
+
+
+def update(model, optimizer, lr: Tensor, batch: Batch, epoch: int, args: Args, loss_fn) -> Tensor:
+    """Pass over the batch update_epochs times, with a gradient step for each minibatch. lr () is
+    the learning rate and is stepped in place; loss_fn is ppo_loss. Returns the means of LOSSES
+    and of the KL divergence over all gradient steps (6,)."""
+    batch = normalize_batch(model, batch, args)
+    minibatches = [Batch(*rows) for rows in zip(*(x.split(args.minibatch_size) for x in batch))]
+    totals = torch.zeros(len(LOSSES) + 1, device=lr.device)
+    autocast = args.mixed_precision and lr.device.type == "cuda"
+    for pass_number in range(args.update_epochs):
+        pass_kl = torch.zeros_like(lr)
+        for minibatch in minibatches:
+            # The statistics of the observations move in the first pass only, just before they are
+            # used, so that later passes see inputs that stand still.
+            if args.normalize_input and pass_number == 0:
+                model.running_mean_std.update(minibatch.obs)
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                loss, mu, sigma, losses = loss_fn(model, minibatch, args)
+            optimizer.zero_grad()
+            loss.backward()
+
+            # How far the policy has moved since the last pass over these rows.
+            kl = policy_kl(mu, sigma, minibatch.mus, minibatch.sigmas)
+            minibatch.mus.copy_(mu)
+            minibatch.sigmas.copy_(sigma)
+            kl = average_gradients(model, kl)
+            if args.max_grad_norm > 0:
+                nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+
+            totals += torch.cat((losses, kl.view(1)))
+            pass_kl += kl / len(minibatches)
+            if args.schedule_type == "legacy":
+                lr.copy_(next_lr(lr, kl, epoch, args))
+        if args.schedule_type == "standard":
+            lr.copy_(next_lr(lr, pass_kl, epoch, args))
+    return totals / (args.update_epochs * len(minibatches))
 
 
 def average(x: Tensor) -> Tensor:
-    """The mean of x over all processes, in place; x itself if there is one process."""
+    """The mean of x over all processes, in place. With one process it is x itself."""
     if WORLD_SIZE > 1:
         together(dist.all_reduce, x)
         x /= WORLD_SIZE
     return x
 
 
+def together(collective, *args) -> None:
+    """Call what all processes take part in. TrainingError if one of them is gone."""
+    try:
+        collective(*args)
+    except RuntimeError as exc:
+        raise TrainingError(f"another process has ended, so number {RANK} stops too") from exc
+
+
 def mean_and_var(x: Tensor) -> Tuple[Tensor, Tensor]:
-    """Mean and unbiased variance of the rows of x (n, ...), taken over the rows of all processes."""
+    """Mean and unbiased variance of the rows of x (n, ...), over the rows of all processes."""
     mean, var = x.mean(0), x.var(0)
     if WORLD_SIZE > 1:
         n, own_mean = len(x), mean
@@ -131,845 +477,727 @@ def mean_and_var(x: Tensor) -> Tuple[Tensor, Tensor]:
     return mean, var
 
 
-# ======================================================================================================================
-# 1  ARGUMENTS
-# ======================================================================================================================
+def average_gradients(model: ActorCritic, kl: Tensor) -> Tensor:
+    """Average the gradients over the processes, in one message with the KL divergence ()."""
+    if WORLD_SIZE == 1:
+        return kl
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    message = average(torch.cat([kl.view(1), *(g.flatten() for g in gradients)]))
+    nn.utils.vector_to_parameters(message[1:], gradients)
+    return message[0]
 
 
-@dataclass
-class Args:
-    """Names are CleanRL's; (rl_games: ...) is the same setting in a `<Task>PPO.yaml`. Defaults are CartpolePPO.yaml's."""
+class PPOAgent:
+    """A training run: model, optimizer, rollout buffer and counters. `train` is the outline of PPO.
+    Observers may read all of it; what rl_games has too bears its name."""
 
-    env_id: str = "Cartpole"  # Cartpole (built in), an IsaacGymEnvs task such as Ant, or module:factory
-    sim: Literal["auto", "isaacgym", "torch"] = "auto"  # auto: Isaac Gym where it is installed, else the built-in Cartpole
-    num_envs: int = 512  # parallel environments (rl_games: num_actors)
-    seed: int = 42  # seeds Python, numpy and torch, before the environment is made and again before its first step
-    torch_deterministic: bool = False  # use deterministic torch kernels only (slower on a GPU)
-    device: str = "auto"  # where simulation, policy and rollouts live: auto, cpu, cuda, cuda:1
-    torch_threads: int = 1  # CPU threads for torch; 1 is fastest for small networks, 0 leaves torch's own default
-    headless: bool = True  # Isaac Gym without its viewer window
+    def __init__(self, args: Args, env, observer: "MultiObserver"):
+        self.args = args
+        self.env = env
+        self.algo_observer = observer
+        self.device = self.ppo_device = pick_device(args.device)
+        self.games_to_track = args.games_to_track
+        self.num_agents = 1
+        self.epoch_num = 0
+        self.frame = 0  # steps of single environments so far, over all processes
+        self.frames_per_epoch = args.num_steps * env.num_envs * WORLD_SIZE
+        self.total_time = 0.0  # seconds of training
+        self.mean_rewards = -math.inf  # of the last games_to_track episodes
+        self.last_mean_rewards = -math.inf  # the best mean reward so far, by rl_games' name for it
+        self.best_epoch = 0
+        self.stop_signal = 0  # the number of the signal that asked to stop after this epoch
 
-    # the run
-    experiment: str = ""  # the run's folder, made unique; empty: <env_id>_<date>_<time>
-    train_dir: str = "runs"  # folder of all runs
-    checkpoint: str = ""  # file (rl_games' too) or run folder to continue, or to --play or --export
-    init_from: str = ""  # file or run folder: a new run that starts from these weights and normalisers
-    max_epochs: int = 100  # an epoch is one rollout and its update; counted over all continuations
-    save_frequency: int = 25  # epochs between the periodic checkpoints nn/epoch_<N>.pth; 0: none
-    save_every_minutes: float = 10.0  # minutes after which last.pth is written if nothing else was saved; 0: never
-    save_best_after: int = 50  # first epoch that may write nn/best.pth
-    keep_last: int = 0  # keep only this many of the newest periodic checkpoints; 0: all
-    games_to_track: int = 100  # finished episodes in the window that "mean reward" is taken over
-    strict_observers: bool = False  # an observer that raises ends training instead of being dropped: for writing one
+        self.model = ActorCritic(env.num_obs, env.num_acts, args).to(self.device)
+        if WORLD_SIZE > 1:
+            for tensor in self.model.state_dict().values():
+                together(dist.broadcast, tensor, 0)
+        # The learning rate is a tensor, which the fused optimizer reads without waiting for a GPU.
+        self.lr = torch.tensor(args.learning_rate, device=self.device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr, eps=1e-8, fused=True)
+        functions = [self.model.act, gae, ppo_loss]
+        if args.compile:
+            functions = compiled(functions, self.device)
+        self.act, self.gae, self.loss_fn = functions
 
-    # play and export
-    play: bool = False  # evaluate --checkpoint instead of training; writes nothing, but a video if asked to
-    games: int = 0  # with --play: episodes in all, rounded up to the same number for each env; 0: one an env
-    stochastic: bool = False  # with --play: sample actions as in training instead of taking the mean action
-    export: str = ""  # a new folder for the policy of --checkpoint as policy.onnx, policy.pt (TorchScript) and policy.json
+        # Many environments and few steps: a rollout as large as that of one environment with long
+        # episodes comes in a fraction of the time (Makoviychuk et al. 2021, Rudin et al. 2021).
+        # What lies beyond the last step is for the value function to say.
+        acts = (env.num_acts,)
+        shapes = dict(obs=(env.num_obs,), actions=acts, mus=acts, sigmas=acts)
+        shapes.update(logprobs=(), values=(), rewards=(), dones=(), time_outs=())
+        size = (args.num_steps, env.num_envs)
+        self.buffer = {k: torch.zeros(*size, *v, device=self.device) for k, v in shapes.items()}
+        # Sums over episodes: return, shaped return and length.
+        self.episodes = EpisodeMeter(env.num_envs, args.games_to_track, 3, self.device)
+        self.obs = check_obs(env.reset(), "reset()", (env.num_envs, env.num_obs)).to(self.device)
+        self.dones = torch.zeros(env.num_envs, dtype=torch.bool, device=self.device)
+        self.first_epoch = 0  # epochs before the environments started
+        self.whole_epoch: Optional[int] = 0  # the epoch that the weights completed; None amid one
+        self.time_outs_seen = False
+        self.save_failed = False
 
-    # video
-    capture_video: bool = False  # draw the first envs to GIFs under videos/, in TensorBoard and W&B; with --play: the first episode
-    video_frequency: int = 25  # epochs from the start of one video to the next, the first in epoch 1
-    video_length: int = 200  # steps in a video
+    def train(self) -> None:
+        """Train until max_epochs or a stop signal."""
+        args, buffer = self.args, self.buffer
+        stop = False
+        while self.epoch_num < args.max_epochs and not stop:
+            self.epoch_num += 1
+            start = time.perf_counter()
+            if hasattr(self.env, "set_train_info"):
+                self.env.set_train_info(self.frame, self)
+            self.obs, step_time = rollout(self.act, self.env, self.obs, buffer, args, self.on_step)
+            check_finite(self)
+            play_time = time.perf_counter() - start
+            self.algo_observer.after_steps()
 
-    # Weights & Biases
-    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
-    wandb_project_name: str = "train_ppo"  # its project
-    wandb_entity: str = ""  # its team or user; empty: your default
-    wandb_group: str = ""  # groups runs in the dashboard
-    wandb_tags: Tuple[str, ...] = ()  # tags of the run
-    wandb_upload: Literal["none", "best", "all"] = "none"  # checkpoints to upload at the end, as versions of an artifact of type model
+            shaped = shape_rewards(buffer, args)
+            last_value = self.model.value(self.obs)
+            advantages = self.gae(shaped, buffer["values"], buffer["dones"], last_value, args)
+            batch = make_batch(buffer, advantages)
+            self.whole_epoch = None
+            losses = update(
+                self.model, self.optimizer, self.lr, batch, self.epoch_num, args, self.loss_fn
+            )
+            lengths = torch.ones_like(shaped)
+            self.episodes.add_rollout((buffer["rewards"], shaped, lengths), buffer["dones"])
+            figures = collect_figures(self, losses, batch)
+            stop = figures["stop"] > 0
 
-    # PPO
-    num_steps: int = 16  # steps per env and rollout (rl_games: horizon_length)
-    minibatch_size: int = 8192  # samples per gradient step; a smaller rollout is one minibatch
-    update_epochs: int = 8  # passes over each rollout (rl_games: mini_epochs)
-    learning_rate: float = 3e-4  # Adam's learning rate, the initial one unless lr_schedule is fixed
-    lr_schedule: Literal["adaptive", "linear", "fixed"] = "adaptive"  # by the KL divergence, or down to 1e-6 at max_epochs
-    schedule_type: Literal["legacy", "standard"] = "legacy"  # step the schedule after each minibatch (legacy) or pass (standard)
-    kl_threshold: float = 0.008  # the KL divergence between two passes over a minibatch that the adaptive schedule aims at
-    max_lr: float = 1e-2  # highest learning rate of the adaptive schedule
-    min_lr: float = 1e-6  # lowest learning rate of the adaptive schedule
-    gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # lambda of generalised advantage estimation (rl_games: tau)
-    clip_coef: float = 0.2  # clip range of the probability ratio, and of the value if clip_vloss (rl_games: e_clip)
-    clip_vloss: bool = True  # clip the value loss too (rl_games: clip_value)
-    vf_coef: float = 4.0  # weight of half the squared value error (rl_games: critic_coef)
-    ent_coef: float = 0.0  # weight of the entropy bonus (rl_games: entropy_coef)
-    bounds_loss_coef: float = 1e-4  # weight of the loss that pulls mean actions back into [-1.1, 1.1]
-    max_grad_norm: float = 1.0  # clip the gradient's norm; 0: don't (rl_games: grad_norm, truncate_grads)
-    norm_adv: bool = True  # normalise advantages over the rollout (rl_games: normalize_advantage)
-    normalize_input: bool = True  # normalise observations with running statistics
-    normalize_value: bool = True  # normalise returns with running statistics
-    value_bootstrap: bool = True  # add gamma * V(s) to the reward where an episode was cut by the clock
-    reward_scale: float = 0.1  # multiplies rewards before learning (rl_games: reward_shaper.scale_value)
-    clip_actions: bool = True  # clip actions to [-1, 1] on their way to the env
-    mixed_precision: bool = False  # bfloat16 autocast in the update, on CUDA only
-    compile: bool = False  # torch.compile policy, GAE and loss (on CUDA with graphs): faster epochs after a slow start
+            epoch_time = time.perf_counter() - start
+            self.total_time += epoch_time
+            self.frame += self.frames_per_epoch
+            self.whole_epoch = self.epoch_num
+            log_epoch(self, figures, step_time, play_time, epoch_time)
+            save_checkpoints(self, figures)
 
-    # network
-    units: Tuple[int, ...] = (32, 32)  # hidden layers of the MLP
-    activation: Literal["elu", "relu", "tanh", "selu", "gelu", "swish"] = "elu"  # its activation
-    separate: bool = False  # give the value function an MLP of its own
-    sigma_init: float = 0.0  # initial log standard deviation of the actions
+    def open(self, run_dir: str, wandb_run_id: str) -> None:
+        """Get ready to write into run_dir. `config` is what observers expect under this name."""
+        self.config = {**asdict(self.args), "name": os.path.basename(run_dir), "run_dir": run_dir}
+        self.config["wandb_run_id"] = wandb_run_id
+        for theirs, ours in RL_GAMES_NAMES.items():
+            self.config[theirs] = self.config[ours]
+        self.nn_dir = os.path.join(run_dir, "nn")
+        self.writer = Writer(os.path.join(run_dir, "summaries")) if RANK == 0 else None
 
-    def check(self) -> None:
-        """UserError for values that make no sense. Called by the Runner, when flags, checkpoint and yaml have all been read."""
-        positive = {"num_envs", "num_steps", "minibatch_size", "update_epochs", "max_epochs", "games_to_track", "video_frequency", "video_length"}
-        any_sign = {"seed", "reward_scale", "sigma_init"}
-        for field in fields(self):
-            value, least = getattr(self, field.name), int(field.name in positive)
-            if field.type in (int, float) and field.name not in any_sign and not value >= least:  # `not >=` also catches nan
-                raise UserError(f"--{field.name.replace('_', '-')} must be at least {least}, not {value}")
-        if any(width < 1 for width in self.units):
-            raise UserError(f"--units must be positive, not {self.units}")
-        batch = self.num_envs * self.num_steps
-        if batch % min(self.minibatch_size, batch) and not self.play:
-            raise UserError(f"{self.num_envs} envs x {self.num_steps} steps = {batch} samples cannot be split into minibatches "
-                            f"of {self.minibatch_size}: choose a --minibatch-size that divides {batch}")
-        if self.checkpoint and self.init_from:
-            raise UserError("--checkpoint continues a run, --init-from starts a new one: give one of them")
-        if (self.play or self.export) and WORLD_SIZE > 1:
-            raise UserError("--play and --export run in one process: start them without torchrun")
-        if (self.play or self.export) and not self.checkpoint:
-            raise UserError(f"--{'play' if self.play else 'export'} needs --checkpoint PATH (a .pth file or a run folder)")
+    def on_step(self, infos: Dict[str, Any], dones: Tensor) -> None:
+        """Hand a step of the rollout to the observers."""
+        self.dones = dones
+        self.time_outs_seen |= "time_outs" in infos
+        # Finding the indices makes a GPU wait, so it is done only if someone looks at them.
+        wanted = self.algo_observer.needs_done_indices
+        self.algo_observer.process_infos(infos, dones.nonzero() if wanted else None)
 
 
-# what rl_games and IsaacGymEnvs call our arguments in `params.config`
-RL_GAMES_NAMES = dict(
-    num_actors="num_envs", horizon_length="num_steps", mini_epochs="update_epochs", tau="gae_lambda", e_clip="clip_coef",
-    clip_value="clip_vloss", critic_coef="vf_coef", entropy_coef="ent_coef", grad_norm="max_grad_norm", normalize_advantage="norm_adv",
-)
-
-# ======================================================================================================================
-# 2  ENVIRONMENTS
+# ENVIRONMENTS =====================================================================================
+# One contract, that of IsaacGymEnvs' VecTask. Everything is batched and stays on one device:
 #
-# One contract, that of IsaacGymEnvs' VecTask; everything is batched over E = num_envs and stays on one device:
 #     num_envs, num_obs, num_acts   ints
-#     reset()        -> {"obs": (E, O) float32}
-#     step(actions)  -> {"obs": (E, O)}, reward (E,), done (E,), infos; it resets finished envs by itself
-#     infos["time_outs"]  (E,) where the episode was cut by the clock; infos["episode"], any scalar: logged
-#     optional: max_episode_length, clip_obs (the range of its observations, for export), get_env_state(), set_env_state(state),
-#               set_train_info(frame, algo) before each rollout, render(mode="rgb_array"), close(),
-#               exact_state = True: get_env_state() holds the whole simulation, so a run can continue to the last bit
-# ======================================================================================================================
+#     reset()        -> {"obs": (E, O)}
+#     step(actions)  -> {"obs": (E, O)}, reward (E,), done (E,), infos; finished environments are
+#                       reset by the env itself
+#     infos          time_outs (E,): the episode was cut by the clock, not ended by the task;
+#                    episode, episode_cumulative, any scalar: logged (RLGPUAlgoObserver)
+#
+# It may have more: max_episode_length; clip_obs, the range of its observations, for exporting the
+# policy; get_env_state() and set_env_state(state), kept in checkpoints, and exact_state = True if
+# that is the whole simulation, so that a run can continue to the last bit; set_train_info(frame,
+# algo), called before each rollout in every process, the place for a curriculum; close().
 
 
 class Cartpole:
     """IsaacGymEnvs' Cartpole task with its physics written out in torch, as one batch.
 
-    State and observation: cart position [m] and velocity [m/s], pole angle from upright [rad] and angular velocity [rad/s].
-    Action: force on the cart in units of 400 N. Like the original, the observation returned with done=1 is the episode's
-    last one, and the *next* step ignores the action, resets that env and returns its first observation.
-
-    Nothing depends on a value on the device (torch.where instead of indexing), so a step never waits for a GPU.
+    State and observation: cart position [m] and velocity [m/s], pole angle from upright [rad] and
+    angular velocity [rad/s]. Action: force on the cart in units of 400 N. As in the original, the
+    observation that comes with done = 1 is the episode's last one; the next step ignores the
+    action, resets that environment and returns its first observation. A step never waits for a GPU.
     """
 
-    num_obs, num_acts, max_episode_length, clip_obs = 4, 1, 500, 5.0
+    num_obs, num_acts, max_episode_length = 4, 1, 500
+    clip_obs = 5.0
     exact_state = True
 
     def __init__(self, num_envs: int, device: torch.device):
-        self.num_envs, self.device = num_envs, device
+        self.num_envs = num_envs
+        self.device = device
         self.state = torch.zeros(4, num_envs, device=device)  # x, x_dot, theta, theta_dot
         self.progress = torch.zeros(num_envs, dtype=torch.long, device=device)
         self.reset_buf = torch.ones(num_envs, dtype=torch.long, device=device)
-        self.reward = torch.zeros(num_envs, device=device)
-        self.reset_scale = torch.tensor([[0.2], [0.5], [0.2], [0.5]], device=device)
+        self.reset_range = torch.tensor([[0.2], [0.5], [0.2], [0.5]], device=device)
 
     def reset(self) -> Dict[str, Tensor]:
+        """The present observations. As in IsaacGymEnvs it is the first step that resets."""
         return {"obs": self.state.t().clamp(-self.clip_obs, self.clip_obs)}
 
     def step(self, actions: Tensor):
         force = 400.0 * actions[:, 0].clamp(-1.0, 1.0)
         resetting = self.reset_buf.bool()
-        fresh = (torch.rand_like(self.state) - 0.5) * self.reset_scale
-        self.state = torch.where(resetting, fresh, self._simulate(force))
+        fresh = (torch.rand_like(self.state) - 0.5) * self.reset_range
+        self.state = torch.where(resetting, fresh, self.simulate(force))
         self.progress = torch.where(resetting, 0, self.progress + 1)
 
         x, x_dot, theta, theta_dot = self.state
         fell = (x.abs() > 3.0) | (theta.abs() > math.pi / 2)
         reward = 1.0 - theta.square() - 0.01 * x_dot.abs() - 0.005 * theta_dot.abs()
-        self.reward = torch.where(fell, -2.0, reward)
+        reward = torch.where(fell, -2.0, reward)
+        # As in VecTask, an episode that fails on its last tick counts as timed out.
         late = self.progress >= self.max_episode_length - 1
         self.reset_buf = (fell | late).long()
-        # as in VecTask, an episode that ends on the last tick counts as timed out even if the pole fell on it
-        return self.reset(), self.reward, self.reset_buf, {"time_outs": late}
+        return self.reset(), reward, self.reset_buf, {"time_outs": late}
 
-    def _simulate(self, force: Tensor, dt: float = 0.0166, substeps: int = 2) -> Tensor:
-        """Semi-implicit Euler on the two equations of motion; a positive angle leans towards negative x.
+    def simulate(self, force: Tensor, dt: float = 0.0166, substeps: int = 2) -> Tensor:
+        """Semi-implicit Euler on the equations of motion; a positive angle leans to negative x.
 
-            (M + m) x'' - m l cos(th) th'' = F - m l sin(th) th'^2
-            (I + m l^2) th'' - m l cos(th) x'' = m g l sin(th)
+        (M + m) x'' - m l cos(th) th'' = F - m l sin(th) th'^2
+        (I + m l^2) th'' - m l cos(th) x'' = m g l sin(th)
         """
-        M, m, l, g = 1.0, 1.0, 0.47, 9.81  # kg, kg, m to the pole's centre, m/s^2
-        inertia = m * (0.06**2 + 1.0**2) / 12 + m * l * l  # of a 0.04 x 0.06 x 1.0 m box, about the hinge
+        cart, pole, length, gravity = 1.0, 1.0, 0.47, 9.81  # kg, kg, m to the centre, m/s^2
+        inertia = pole * (0.06**2 + 1.0**2) / 12 + pole * length * length  # a box, about the hinge
         x, x_dot, theta, theta_dot = self.state
         h = dt / substeps
         for _ in range(substeps):
             sin, cos = theta.sin(), theta.cos()
-            coupling = m * l * cos
-            a = force - m * l * sin * theta_dot.square()
-            b = m * g * l * sin
-            det = (M + m) * inertia - coupling.square()
+            coupling = pole * length * cos
+            a = force - pole * length * sin * theta_dot.square()
+            b = pole * gravity * length * sin
+            det = (cart + pole) * inertia - coupling.square()
             x_dot = x_dot + h * (inertia * a + coupling * b) / det
-            theta_dot = (theta_dot + h * (coupling * a + (M + m) * b) / det).clamp(-8.0, 8.0)  # joint limit
-            x, theta = x + h * x_dot, theta + h * theta_dot
+            theta_dot = theta_dot + h * (coupling * a + (cart + pole) * b) / det
+            theta_dot = theta_dot.clamp(-8.0, 8.0)  # the joint's velocity limit
+            x = x + h * x_dot
+            theta = theta + h * theta_dot
         return torch.stack((x, x_dot, theta, theta_dot))
-
-    def render(self, mode: str = "rgb_array") -> np.ndarray:
-        """The first four envs as one picture (320, 600, 3) uint8, at 50 pixels a metre."""
-        from PIL import Image, ImageDraw
-
-        picture = Image.new("RGB", (1200, 640), "white")  # twice the size, for smooth edges
-        draw = ImageDraw.Draw(picture)
-        for i, (x, _, theta, _) in enumerate(self.state[:, :4].t().tolist()):
-            left, ground = i % 2 * 600, i // 2 * 320 + 250
-            cart = left + 300 + 90 * x
-            draw.rectangle((left + 4, ground - 240, left + 596, ground + 64), outline="#c8c8c8", width=2)
-            draw.line((left + 30, ground, left + 570, ground), fill="#8c8c8c", width=4)
-            draw.rectangle((cart - 40, ground - 20, cart + 40, ground + 20), fill="#1f4e79")
-            draw.line((cart, ground, cart - 170 * math.sin(theta), ground - 170 * math.cos(theta)), fill="#d9822b", width=14)
-            draw.ellipse((cart - 9, ground - 9, cart + 9, ground + 9), fill="white")
-        picture = picture.reduce(2)
-        draw = ImageDraw.Draw(picture)
-        for i, steps in enumerate(self.progress[:4].tolist()):
-            draw.text((i % 2 * 300 + 12, i // 2 * 160 + 10), f"{steps * 0.0166:.1f} s   reward {float(self.reward[i]):.2f}", fill="black")
-        return np.asarray(picture)
 
     def get_env_state(self) -> Dict[str, Tensor]:
         return {"state": self.state, "progress": self.progress, "reset_buf": self.reset_buf}
 
     def set_env_state(self, env_state: Dict[str, Tensor]) -> None:
         for name, value in env_state.items():
-            setattr(self, name, value.to(self.device))
+            getattr(self, name).copy_(value)
+
+
+def uses_isaacgym(args: Args) -> bool:
+    """Whether Isaac Gym simulates this task. An installation that is broken is an error, because
+    another simulator must never step in silently."""
+    absent = args.sim == "auto" and ISAACGYM_ERROR == "it is not installed"
+    if absent or args.sim == "torch" or ":" in args.env_id:
+        return False
+    if ISAACGYM_ERROR:
+        raise UserError(f"Isaac Gym cannot be used: {ISAACGYM_ERROR}; --sim torch has Cartpole")
+    return True
+
+
+def make_env(args: Args):
+    """The environment that args ask for. Isaac Gym has one simulation a process: call it once."""
+    device = pick_device(args.device)
+    if ":" in args.env_id:
+        return make_factory_env(args, device)
+    if not uses_isaacgym(args):
+        if args.env_id == "Cartpole":
+            return Cartpole(args.num_envs, device)
+        what = f"unknown --env-id {args.env_id}: without Isaac Gym only Cartpole is built in"
+        raise UserError(f"{what}; your own env is --env-id module:factory")
+    import isaacgymenvs
+
+    cfg = compose_isaacgym_config(args, args.num_envs)
+    settings = {name: cfg[name] for name in ("sim_device", "rl_device", "headless")}
+    settings.update(graphics_device_id=cfg.graphics_device_id, force_render=not args.headless)
+    return isaacgymenvs.make(args.seed, args.env_id, args.num_envs, **settings, cfg=cfg)
+
+
+def make_factory_env(args: Args, device: torch.device):
+    """The env of --env-id module:factory. UserError if it breaks the contract above."""
+    module, _, factory = args.env_id.partition(":")
+    if not re.fullmatch(r"[\w.]+\w:\w+", args.env_id):
+        raise UserError(f"--env-id {args.env_id} is not module:factory")
+    sys.path.insert(0, os.getcwd())  # as `python -m` does
+    try:
+        make = getattr(importlib.import_module(module), factory, None)
+    except ModuleNotFoundError as exc:
+        raise UserError(f"--env-id {args.env_id} cannot be imported here: {exc}") from exc
+    if make is None:
+        raise UserError(f"--env-id {args.env_id}: {module} has no {factory}")
+    env = make(num_envs=args.num_envs, device=str(device), seed=args.seed)
+    for name in ("num_envs", "num_obs", "num_acts"):
+        value = getattr(env, name, "missing")
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            raise UserError(f"the env's {name} must be a positive int, not {value!r}")
+    if env.num_envs != args.num_envs:
+        raise UserError(f"the env has num_envs {env.num_envs}, but {args.num_envs} were asked for")
+    if not args.play:  # look at one step before anything is written
+        obs = check_obs(env.reset(), "reset()", (env.num_envs, env.num_obs))
+        check_step(env.step(torch.zeros(env.num_envs, env.num_acts, device=device)), obs.to(device))
+    return env
+
+
+def check_step(step: Any, last_obs: Tensor) -> Tuple[Any, ...]:
+    """What env.step returned, as the rollout needs it: observations like last_obs (E, O), rewards,
+    dones and time_outs (E,), the latter two as bool, infos. UserError if it is something else."""
+    if not isinstance(step, tuple) or len(step) != 4 or not isinstance(step[3], dict):
+        raise UserError("the env's step() must return (obs, reward, done, infos), infos a dict")
+    obs, rewards, dones, infos = step
+    time_outs = infos.get("time_outs", torch.zeros(len(last_obs)))
+    device, shape = last_obs.device, last_obs.shape
+    rewards = check_shape(rewards, "step()'s reward", shape[:1]).to(device)
+    dones = check_shape(dones, "step()'s done", shape[:1])
+    dones = dones.to(device, torch.bool, copy=True)  # observers keep it; it may be the env's own
+    time_outs = check_shape(time_outs, "infos['time_outs']", shape[:1]).to(device, torch.bool)
+    return check_obs(obs, "step()[0]", shape).to(device), rewards, dones, time_outs, infos
+
+
+def check_obs(obs: Any, what: str, shape: Sequence[int]) -> Tensor:
+    obs = obs.get("obs") if isinstance(obs, dict) else None
+    return check_shape(obs, f"{what}['obs']", shape).float()
+
+
+def check_shape(value: Any, what: str, shape: Sequence[int]) -> Tensor:
+    if not isinstance(value, Tensor) or value.shape != tuple(shape):
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise UserError(f"the env's {what} must be a tensor of shape {tuple(shape)}, not {found}")
+    return value
 
 
 def compose_isaacgym_config(args: Args, num_envs: Any = ""):
-    """The hydra config of an IsaacGymEnvs task, as its train.py composes it. num_envs "": the task's own number."""
+    """The hydra config of an IsaacGymEnvs task, as its train.py composes it; num_envs "" leaves the
+    number to the task."""
     try:
         import isaacgymenvs  # registers the resolvers that its yaml files use
         from hydra import compose, initialize_config_dir
         from hydra.errors import MissingConfigException
     except ImportError as exc:
-        raise UserError(f"--env-id {args.env_id} needs IsaacGymEnvs beside Isaac Gym, but importing it failed: {exc} (README, Isaac Gym)")
-    config_dir = os.path.join(os.path.dirname(os.path.abspath(isaacgymenvs.__file__)), "cfg")
+        raise UserError(f"--env-id {args.env_id} needs IsaacGymEnvs, but: {exc}") from exc
+    folder = os.path.join(os.path.dirname(os.path.abspath(isaacgymenvs.__file__)), "cfg")
     device = pick_device(args.device)
-    overrides = [
-        f"task={args.env_id}", f"num_envs={num_envs}", f"seed={args.seed}", f"headless={args.headless and not args.capture_video}",
-        f"sim_device={device}", f"rl_device={device}", f"graphics_device_id={device.index or 0}",
-        # sim_device alone is not enough: physx.use_gpu and the pipeline are decided by the config
-        f"pipeline={'gpu' if device.type == 'cuda' else 'cpu'}",
-    ]
+    # sim_device alone is not enough: the pipeline and physx.use_gpu are the config's to decide.
+    pipeline = "gpu" if device.type == "cuda" else "cpu"
+    overrides = f"task={args.env_id} num_envs={num_envs} seed={args.seed} headless={args.headless}"
+    overrides += f" sim_device={device} rl_device={device} pipeline={pipeline}"
+    overrides += f" graphics_device_id={device.index or 0}"
     try:
-        with initialize_config_dir(config_dir=config_dir, version_base=None):
-            return compose(config_name="config", overrides=overrides)
-    except MissingConfigException:
-        tasks = sorted(name[:-5] for name in os.listdir(os.path.join(config_dir, "task")) if name.endswith(".yaml"))
-        raise UserError(f"unknown --env-id {args.env_id}: IsaacGymEnvs has {', '.join(tasks)}; your own env is --env-id module:factory")
+        with initialize_config_dir(config_dir=folder, version_base=None):
+            return compose(config_name="config", overrides=overrides.split())
+    except MissingConfigException as exc:
+        files = sorted(os.listdir(os.path.join(folder, "task")))
+        known = ", ".join([file[: -len(".yaml")] for file in files] + ["module:factory"])
+        raise UserError(f"unknown --env-id {args.env_id}: choose one of {known}") from exc
+
+
+# What rl_games calls our arguments in a <Task>PPO.yaml, and what in such a file has no effect here.
+RL_GAMES_NAMES = dict(num_actors="num_envs", horizon_length="num_steps", tau="gae_lambda")
+RL_GAMES_NAMES.update(mini_epochs="update_epochs", e_clip="clip_coef", clip_value="clip_vloss")
+RL_GAMES_NAMES.update(critic_coef="vf_coef", entropy_coef="ent_coef", grad_norm="max_grad_norm")
+RL_GAMES_NAMES.update(normalize_advantage="norm_adv")
+NO_EFFECT = """
+    name full_experiment_name env_name multi_gpu ppo device device_name print_stats player
+    score_to_win seq_len seq_length zero_rnn_on_done central_value_config train_dir truncate_grads
+    reward_shaper defer_summaries_sec summaries_interval_sec_min summaries_interval_sec_max
+    normalize_rms_advantage use_smooth_clamp bound_loss_type
+""".split()
 
 
 def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
-    """Our arguments from the `params` of a `<Task>PPO.yaml`; UserError if the task needs an algorithm that is not in this file."""
+    """Arguments from the `params` of a <Task>PPO.yaml. UserError if they ask for what is not here:
+    such a task must be refused by name, never trained wrongly."""
     config, network = dict(params["config"]), params["network"]
     space, mlp = network.get("space") or {}, network.get("mlp") or {}
     normal = space.get("continuous") or {}
-    shaper = dict(config.pop("reward_shaper", {}))
-    unset = (None, "None", False)
-    needs = {
-        f"the algorithm {params['algo']['name']}": params["algo"]["name"] != "a2c_continuous",
-        f"the model {params['model']['name']}": params["model"]["name"] != "continuous_a2c_logstd",
-        f"the network {network['name']}": network["name"] != "actor_critic",
-        "a recurrent network (LSTM or GRU)": "rnn" in network,
-        "a convolutional network": "cnn" in network,
-        "a central value network": config.get("central_value_config") not in unset,
-        "discrete actions": bool(space) and "continuous" not in space,
-        "a state-dependent sigma": normal.get("fixed_sigma", True) is not True,
-        "an activation on the mean action": normal.get("mu_activation") not in unset,
-        "d2rl layers": mlp.get("d2rl", False),
-        "layer normalisation": network.get("normalization") not in unset,
-        "normalize_rms_advantage": config.pop("normalize_rms_advantage", False),
-        "use_smooth_clamp": config.pop("use_smooth_clamp", False),
-        "a bound_loss_type other than bound": config.pop("bound_loss_type", "bound") != "bound",
-        "a reward_shaper beyond scale_value": any(v not in (0, None, False) for k, v in shaper.items() if k not in ("scale_value", "is_torch")),
-    }
-    needed = [what for what, needs_it in needs.items() if needs_it]
-    if needed:
-        raise UserError(f"--env-id {task} cannot be trained here: its settings ask for {', '.join(needed)}, which this file leaves out")
+    shaper = config.get("reward_shaper") or {}
+    shaping = {k: v for k, v in shaper.items() if k not in ("scale_value", "is_torch")}
+    algo, model = params["algo"]["name"], params["model"]["name"]
+    off = (None, "None", False, 0)
+    refused = (
+        (algo != "a2c_continuous", f"the algorithm {algo}"),
+        (model != "continuous_a2c_logstd", f"the model {model}"),
+        (network["name"] != "actor_critic", f"the network {network['name']}"),
+        ("rnn" in network, "a recurrent network (LSTM or GRU)"),
+        ("cnn" in network, "a convolutional network"),
+        (config.get("central_value_config") not in off, "a central value network"),
+        (bool(space) and "continuous" not in space, "discrete actions"),
+        (normal.get("fixed_sigma", True) is not True, "a state-dependent sigma"),
+        (normal.get("mu_activation") not in off, "an activation on the mean action"),
+        (mlp.get("d2rl") not in off, "d2rl layers"),
+        (network.get("normalization") not in off, "layer normalisation"),
+        (config.get("normalize_rms_advantage") not in off, "normalize_rms_advantage"),
+        (config.get("use_smooth_clamp") not in off, "use_smooth_clamp"),
+        (config.get("bound_loss_type", "bound") != "bound", "a bound_loss_type other than bound"),
+        (any(v not in off for v in shaping.values()), "a reward_shaper beyond scale_value"),
+    )
+    reasons = ", ".join(what for is_asked, what in refused if is_asked)
+    if reasons:
+        raise UserError(f"--env-id {task} cannot be trained here: its settings ask for {reasons}")
 
-    if not config.pop("truncate_grads", False):
+    if not config.get("truncate_grads"):
         config["grad_norm"] = 0.0
-    if config.get("lr_schedule") not in ("adaptive", "linear"):  # "fixed", "constant", "identity", None: all mean the same
+    if config.get("lr_schedule") not in ("adaptive", "linear"):  # constant, identity, None ...
         config["lr_schedule"] = "fixed"
-    config.update(
-        bounds_loss_coef=config.get("bounds_loss_coef") or 0.0, reward_scale=shaper.get("scale_value", 1.0), units=mlp.get("units", ()),
-        activation=mlp.get("activation", "elu"), separate=network.get("separate", False), sigma_init=normal.get("sigma_init", {}).get("val", 0.0))
-    ignored = {"name", "full_experiment_name", "env_name", "multi_gpu", "ppo", "device", "device_name", "print_stats", "player",
-               "score_to_win", "seq_len", "seq_length", "zero_rnn_on_done", "central_value_config", "train_dir",
-               "defer_summaries_sec", "summaries_interval_sec_min", "summaries_interval_sec_max"}
-    types = {f.name: f.type for f in fields(Args)}
+    config["bounds_loss_coef"] = config.get("bounds_loss_coef") or 0.0
+    config["reward_scale"] = shaper.get("scale_value", 1.0)
+    config.update(units=tuple(mlp.get("units", ())), activation=mlp.get("activation", "elu"))
+    config["separate"] = network.get("separate", False)
+    config["sigma_init"] = normal.get("sigma_init", {}).get("val", 0.0)
     settings = {}
-    for key, value in config.items():
-        name = RL_GAMES_NAMES.get(key, key)
-        if name in types:
-            # yaml reads 3e-4 as a string and 4 as an int: give each value its argument's type
-            settings[name] = types[name](value) if types[name] in (int, float, bool) else tuple(value) if name == "units" else value
-        elif key not in ignored:
+    types = {field.name: field.type for field in fields(Args)}
+    for key in sorted(config.keys() - set(NO_EFFECT)):
+        name, value = RL_GAMES_NAMES.get(key, key), config[key]
+        if name in types:  # yaml reads 3e-4 as a string and 4 as an int
+            is_number = types[name] in (int, float, bool)
+            settings[name] = types[name](value) if is_number else value
+        else:
             warn(f"{task}PPO.yaml sets {key} = {value}, which this file does not know: ignored")
     return settings
 
 
-def make_factory_env(args: Args):
-    """--env-id module:factory, called as factory(num_envs, device, seed); what breaks the contract above is named."""
-    module, _, factory = args.env_id.partition(":")
-    sys.path.insert(0, os.getcwd())  # as for `python -m`
-    try:
-        make = getattr(importlib.import_module(module), factory)
-    except ModuleNotFoundError as exc:
-        raise UserError(f"--env-id {args.env_id}: cannot import {exc.name}; run from the folder that holds it, or install it")
-    except AttributeError:
-        raise UserError(f"--env-id {args.env_id}: the module {module} has no {factory}")
-    finally:
-        sys.path.pop(0)
-    env = make(num_envs=args.num_envs, device=str(pick_device(args.device)), seed=args.seed)
-    for name in ("num_envs", "num_obs", "num_acts"):
-        value = getattr(env, name, "missing")
-        if not isinstance(value, int) or value < 1 or (name == "num_envs" and value != args.num_envs):
-            want = f"the {args.num_envs} that were asked for" if name == "num_envs" else "a positive int"
-            raise UserError(f"--env-id {args.env_id} breaks the contract: {name} must be {want}, not {value!r}")
-    if args.play:
-        return env  # it was checked when it was trained on, and the check takes a step, which evaluation would miss
-    reset, step = env.reset(), env.step(torch.zeros(env.num_envs, env.num_acts, device=pick_device(args.device)))
-    if not isinstance(step, tuple) or len(step) != 4 or not isinstance(step[3], dict):
-        raise UserError(f"--env-id {args.env_id} breaks the contract: step() must return (obs, reward, done, infos) with infos a dict")
-    found = {"reset()['obs']": reset, "step()[0]['obs']": step[0], "step()'s reward": step[1], "step()'s done": step[2],
-             "infos['time_outs']": step[3].get("time_outs", step[2])}
-    for what, value in found.items():
-        expected = (env.num_envs, env.num_obs) if "obs" in what else (env.num_envs,)
-        if "obs" in what:
-            value = value.get("obs") if isinstance(value, dict) else None
-        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else "missing" if value is None else type(value).__name__
-        if got != f"shape {expected}":
-            raise UserError(f"--env-id {args.env_id} breaks the contract: {what} must be a tensor of shape {expected}, not {got}")
-    return env
-
-
-def uses_isaacgym(args: Args) -> bool:
-    """Whether Isaac Gym simulates this task. Installed but broken is an error: another simulator must never step in silently."""
-    if ":" in args.env_id or args.sim == "torch" or (args.sim == "auto" and ISAACGYM_ERROR == "it is not installed"):
-        return False
-    if ISAACGYM_ERROR:
-        raise UserError(f"Isaac Gym cannot be used: {ISAACGYM_ERROR} (README, Isaac Gym; --sim torch has the built-in Cartpole)")
-    return True
-
-
-def make_env(args: Args):
-    """The environment that `args` ask for. Isaac Gym has one simulation per process: call it once."""
-    if ":" in args.env_id:
-        return make_factory_env(args)
-    if not uses_isaacgym(args):
-        if args.env_id != "Cartpole":
-            raise UserError(f"unknown --env-id {args.env_id}: without Isaac Gym only Cartpole is built in; for IsaacGymEnvs' tasks install "
-                            "NVIDIA's Isaac Gym (README, Isaac Gym), for your own use --env-id module:factory")
-        return Cartpole(args.num_envs, pick_device(args.device))
-    import isaacgymenvs
-
-    cfg = compose_isaacgym_config(args, args.num_envs)
-    return isaacgymenvs.make(
-        seed=args.seed, task=args.env_id, num_envs=args.num_envs, sim_device=cfg.sim_device, rl_device=cfg.rl_device,
-        graphics_device_id=cfg.graphics_device_id, headless=cfg.headless, force_render=not args.headless,
-        virtual_screen_capture=args.capture_video, cfg=cfg)  # draws to a virtual screen, through the viewer
-
-
-class RecordVideo:
-    """An env of which some steps are drawn: `video_length` of them every `video_frequency` epochs, as GIFs in the run's videos/."""
-
-    def __init__(self, env, args: Args):
-        self.env, self.args = env, args
-        self.path, self.algo, self.frames, self.length, self.works = "", None, [], args.video_length, True
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.env, name)
-
-    def set_train_info(self, frame: int, algo: Any) -> None:
-        if hasattr(self.env, "set_train_info"):
-            self.env.set_train_info(frame, algo)
-        self.algo = algo
-        if (algo.epoch_num - 1) % self.args.video_frequency == 0 and RANK == 0:
-            self.start(os.path.join(algo.config["run_dir"], "videos", f"epoch_{algo.epoch_num}.gif"))
-        if algo.epoch_num == self.args.max_epochs:  # there is no more to come than this rollout
-            self.length = min(self.length, len(self.frames) + self.args.num_steps)
-
-    def start(self, path: str) -> None:
-        self.write()
-        self.path = path if self.works else ""
-
-    def step(self, actions: Tensor):
-        result = self.env.step(actions)
-        if self.path:
-            with self.or_without():
-                from PIL import Image
-
-                picture = Image.fromarray(np.asarray(self.env.render(mode="rgb_array"), dtype=np.uint8))
-                # a palette of 64 colours: a third of the memory, and what a GIF holds; octree takes a tenth of median cut's time
-                self.frames.append(picture.quantize(64, method=Image.Quantize.FASTOCTREE))
-            if len(self.frames) == self.length:
-                self.write()
-        return result
-
-    def write(self) -> None:
-        """Finish the video that is being recorded: 50 frames a second, the most that browsers show."""
-        path, frames, self.path, self.frames = self.path, self.frames, "", []
-        if frames:
-            with self.or_without():
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                frames[0].save(path, save_all=True, append_images=frames[1:], duration=20, loop=0)
-                if self.algo is None:
-                    log(f"video     {path}")
-                else:
-                    self.algo.writer.add_gif("video", path, frames[0].size, self.algo.frame)
-
-    @contextlib.contextmanager
-    def or_without(self):
-        """What goes wrong in here ends the videos, not the training: no render(), no picture from it, no Pillow, no space on the disk."""
-        try:
-            yield
-        except Exception as exc:
-            self.works, self.path, self.frames = False, "", []
-            warn(f"--capture-video: {self.args.env_id} gave no picture ({exc}): going on without video")
-
-
 def pick_device(name: str) -> torch.device:
+    """The device of --device; UserError where there is none, never another device in silence."""
     if name == "auto":
-        name = f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
+    known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name not in known:
+        raise UserError(f"--device {name} is unknown: torch sees {', '.join(known)} here")
+    return torch.device(name)
+
+
+def compiled(functions: Sequence[Callable], device: torch.device) -> List[Callable]:
+    """The functions, compiled. Where there is no compiler: as they are, with a warning."""
     try:
-        device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
-    except RuntimeError:
-        raise UserError(f"--device {name} is not a torch device: use cpu, cuda or cuda:<number>")
-    if device.type == "cuda" and (not torch.cuda.is_available() or device.index >= torch.cuda.device_count()):
-        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu, or check the driver")
-    return device
+        torch.compile(lambda x: x.exp() + 1.0)(torch.ones(8, device=device))
+    except Exception as exc:
+        warn(f"torch.compile does not work here ({first_line(exc)}): going on without --compile")
+        return list(functions)
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    return [torch.compile(function, mode=mode) for function in functions]
 
 
-# ======================================================================================================================
-# 3  NETWORKS
-#
-# Parameter names and their order are rl_games', so that a checkpoint with its optimizer state moves both ways.
-# ======================================================================================================================
-
-
-class RunningMeanStd(nn.Module):
-    """Mean and variance of everything seen so far, in float64; starts as if one sample of mean 0 and variance 1 had been seen."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.register_buffer("running_mean", torch.zeros(size, dtype=torch.float64))
-        self.register_buffer("running_var", torch.ones(size, dtype=torch.float64))
-        self.register_buffer("count", torch.ones((), dtype=torch.float64))
-
-    def update(self, x: Tensor) -> None:
-        """Merge a batch x (n, size) by its moments (Chan et al. 1979: parallel variance); its variance is the unbiased one, as in rl_games."""
-        n = x.shape[0] * WORLD_SIZE
-        mean, var = mean_and_var(x)
-        total = self.count + n
-        delta = mean - self.running_mean
-        m2 = self.running_var * self.count + var * n + delta.square() * self.count * n / total
-        self.running_mean += delta * n / total
-        self.running_var.copy_(m2 / total)
-        self.count.copy_(total)
-
-    def normalize(self, x: Tensor) -> Tensor:
-        # the clamp keeps one broken sensor from saturating the network
-        return ((x - self.running_mean.float()) / (self.running_var.float() + 1e-5).sqrt()).clamp(-5.0, 5.0)
-
-    def denormalize(self, y: Tensor) -> Tensor:
-        return y.clamp(-5.0, 5.0) * (self.running_var.float() + 1e-5).sqrt() + self.running_mean.float()
-
-
-class ActorCritic(nn.Module):
-    """Normalise -> MLP -> mean action and value; one learned log standard deviation per action (rl_games: continuous_a2c_logstd)."""
-
-    ACTIVATIONS = dict(elu=nn.ELU, relu=nn.ReLU, tanh=nn.Tanh, selu=nn.SELU, gelu=nn.GELU, swish=nn.SiLU)
-
-    def __init__(self, num_obs: int, num_acts: int, units: Tuple[int, ...] = (32, 32), activation: str = "elu", separate: bool = False,
-                 sigma_init: float = 0.0, normalize_input: bool = True, normalize_value: bool = True):
-        super().__init__()
-
-        def mlp() -> nn.Sequential:
-            layers: List[nn.Module] = []
-            for size_in, size_out in zip((num_obs, *units), units):
-                layers += [nn.Linear(size_in, size_out), self.ACTIVATIONS[activation]()]
-            return nn.Sequential(*layers)
-
-        width = units[-1] if units else num_obs
-        self.a2c_network = net = nn.Module()
-        # the log of the standard deviation, by rl_games' name: the same in every state, one number an action, learned like a weight
-        net.sigma = nn.Parameter(torch.full((num_acts,), sigma_init))
-        net.actor_mlp = mlp()
-        if separate:
-            net.critic_mlp = mlp()
-        net.value = nn.Linear(width, 1)
-        net.mu = nn.Linear(width, num_acts)
-        for module in self.modules():  # torch's default weights, zero biases: rl_games' "default" initializer
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
-        if normalize_input:
-            self.running_mean_std = RunningMeanStd(num_obs)
-        if normalize_value:
-            self.value_mean_std = RunningMeanStd(1)
-        self.normalize_input, self.normalize_value, self.separate = normalize_input, normalize_value, separate
-
-    def norm_obs(self, obs: Tensor) -> Tensor:
-        return self.running_mean_std.normalize(obs) if self.normalize_input else obs
-
-    def norm_value(self, value: Tensor) -> Tensor:
-        return self.value_mean_std.normalize(value) if self.normalize_value else value
-
-    def denorm_value(self, value: Tensor) -> Tensor:
-        return self.value_mean_std.denormalize(value) if self.normalize_value else value
-
-    def forward(self, normed_obs: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        """Normalised observations (n, O) -> mean action (n, A), log std (n, A), normalised value (n,)."""
-        net = self.a2c_network
-        features = net.actor_mlp(normed_obs)
-        value_features = net.critic_mlp(normed_obs) if self.separate else features
-        mu = net.mu(features)
-        return mu, net.sigma.expand_as(mu), net.value(value_features).squeeze(-1)
-
-    @torch.no_grad()
-    def act(self, obs: Tensor, noise: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Raw observations (n, O) and standard normal noise (n, A) -> sampled action (n, A), its log probability (n,), value in reward
-        units (n,), mean action (n, A)."""
-        mu, logstd, value = self(self.norm_obs(obs))
-        action = mu + logstd.exp() * noise
-        return action, log_prob(action, mu, logstd), self.denorm_value(value), mu
-
-    @torch.no_grad()
-    def value(self, obs: Tensor) -> Tensor:
-        """Raw observations (n, O) -> value in reward units (n,)."""
-        return self.denorm_value(self(self.norm_obs(obs))[2])
-
-
-def make_model(args: Args, num_obs: int, num_acts: int, state: Optional[Dict[str, Any]] = None) -> ActorCritic:
-    """The network that `args` describe; with a checkpoint's `state` its weights and normalisers, strictly."""
-    model = ActorCritic(num_obs, num_acts, args.units, args.activation, args.separate, args.sigma_init, args.normalize_input,
-                        args.normalize_value)
-    if state is not None:
-        if (state["num_obs"], state["num_acts"]) != (num_obs, num_acts):
-            raise UserError(f"the checkpoint is for {state['num_obs']} observations and {state['num_acts']} actions, "
-                            f"but the env has {num_obs} and {num_acts}: check --env-id")
-        try:
-            model.load_state_dict(state["model"])
-        except RuntimeError as exc:
-            reason = re.sub(r"\s+", " ", str(exc)).split(": ", 1)[-1][:200]
-            raise UserError(f"the checkpoint does not fit the network that the arguments describe: {reason}")
-    return model
-
-
-def log_prob(action: Tensor, mu: Tensor, logstd: Tensor) -> Tensor:
-    """Log density of a diagonal Gaussian: three (n, A) -> (n,)."""
-    z = (action - mu) / logstd.exp()
-    return -(0.5 * z.square().sum(-1) + 0.5 * math.log(2.0 * math.pi) * mu.shape[-1] + logstd.sum(-1))
-
-
-# ======================================================================================================================
-# 4  METRICS
-# ======================================================================================================================
-
-
-class WindowMeter:
-    """The last `size` rows that it was given, on the device. `add` waits for a GPU: call it once an epoch."""
-
-    def __init__(self, size: int, width: int, device: torch.device):
-        self.size, self.rows, self.count = size, torch.zeros(0, width, device=device), 0  # count: rows ever added
-
-    def add(self, values: Tensor, mask: Tensor) -> None:
-        """Add the rows of values (n, width) where mask (n,) is true, oldest first."""
-        new = values[mask]
-        self.count += len(new)
-        self.rows = torch.cat((self.rows, new))[-self.size:]
-
-    def state_dict(self) -> Dict[str, Any]:
-        return {"rows": self.rows, "count": self.count}
-
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        self.rows, self.count = state["rows"][-self.size:].to(self.rows.device), state["count"]
+# METRICS ==========================================================================================
+# A reward's way to W&B: env.step -> rollout -> buffer -> EpisodeMeter.add_rollout (its sum over the
+# episode) -> collect_figures (mean of the last episodes) -> log_epoch -> Writer.add_scalar, under
+# the tag rewards/step (TensorBoard) -> MultiObserver.after_print_stats -> WandbAlgoObserver, which
+# sends all that the writer remembers of the epoch. What the environment puts into infos comes to
+# the writer from PPOAgent.on_step by way of RLGPUAlgoObserver. For another backend write an
+# AlgoObserver of your own (examples/own_observer.py): main(observers=[Mine()]).
 
 
 class EpisodeMeter:
-    """Sums of `width` numbers over each running episode, and those of the last `games_to_track` finished ones."""
+    """Sums of `width` quantities over the running episodes and the last `size` finished ones."""
 
-    def __init__(self, num_envs: int, games_to_track: int, width: int, device: torch.device):
+    def __init__(self, num_envs: int, size: int, width: int, device: torch.device):
+        self.size = size
         self.running = torch.zeros(num_envs, width, device=device)
-        self.finished = WindowMeter(games_to_track, width, device)
+        self.finished = torch.zeros(0, width, device=device)
+        self.count = 0  # episodes finished so far
 
-    def add_rollout(self, *steps: Tensor, dones: Tensor) -> Tensor:
-        """`width` tensors (T, E); returns their sums since each episode's first step, (T, E, width)."""
-        sums, done = torch.stack(steps, dim=-1), dones.bool()
+    def add_rollout(self, quantities: Sequence[Tensor], dones: Tensor) -> None:
+        """Add `width` tensors (T, E) and dones (T, E). Waits for a GPU: call it once an epoch."""
+        sums = torch.stack(tuple(quantities), dim=-1)
+        ended = dones.bool()
         for t in range(len(sums)):
             self.running += sums[t]
             sums[t] = self.running
-            self.running.masked_fill_(done[t].unsqueeze(1), 0.0)
-        self.finished.add(sums.flatten(0, 1), done.flatten())
-        return sums
+            self.running.masked_fill_(ended[t].unsqueeze(1), 0.0)
+        new = sums[ended]
+        self.finished = torch.cat((self.finished, new))[-self.size :]
+        self.count += len(new)
+
+
+def check_finite(agent: PPOAgent) -> None:
+    """TrainingError before NaN or Inf of a rollout reach the weights; it names what came first."""
+    buffer, steps = agent.buffer, agent.args.num_steps
+    finite = torch.stack([x.isfinite().all() for x in (agent.obs, *buffer.values())]).all()
+    if average(finite.float()) == 1.0:
+        return
+    rows = [(t, name, x[t]) for t in range(steps) for name, x in buffer.items()]
+    for t, name, x in [*rows, (steps, "obs", agent.obs)]:
+        bad = int((~x.isfinite()).reshape(len(x), -1).any(1).sum())
+        if bad:
+            where = f"{bad} of {len(x)} envs at step {t + 1} of the rollout"
+            stop_for_bad_numbers(agent, f"{name} of {where}")
+    raise TrainingError(f"NaN or Inf in another process, so number {RANK} stops too")
+
+
+def stop_for_bad_numbers(agent: PPOAgent, what: str) -> None:
+    """End training without a checkpoint of this epoch; nan_dump.pth has what was in memory."""
+    name = "nan_dump.pth" if RANK == 0 else f"nan_dump_{RANK}.pth"
+    path = os.path.join(agent.config["run_dir"], name)
+    with contextlib.suppress(OSError):
+        save_checkpoint({**agent_state(agent), "buffer": agent.buffer, "what": what}, path)
+    raise TrainingError(f"NaN or Inf in {what}, epoch {agent.epoch_num}; see {path}")
+
+
+def collect_figures(agent: PPOAgent, losses: Tensor, batch: Batch) -> Dict[str, float]:
+    """The epoch's figures by name, averaged over the processes, in one transfer from the device.
+    Sets agent.mean_rewards; TrainingError if the update has gone wrong."""
+    window = agent.episodes.finished
+    unexplained = (batch.returns - batch.values).var() / batch.returns.var().clamp(min=1e-8)
+    weights = torch.stack([p.detach().sum() for p in agent.model.parameters()]).sum()
+    longest = window[:, 2].max() if len(window) else weights.new_zeros(())
+    others = torch.stack((1.0 - unexplained, agent.lr.float(), weights, longest))
+    counts = torch.tensor([len(window), agent.stop_signal], dtype=torch.float32)
+    vector = torch.cat((losses, others, window.sum(0), counts.to(agent.device)))
+    names = (*LOSSES, "kl", "explained_variance", "lr", "weights", "longest")
+    names += ("reward", "shaped_reward", "length", "finished", "stop")
+    figures = dict(zip(names, average(vector).tolist()))
+    for name in (*LOSSES, "kl", "weights"):
+        if not math.isfinite(figures[name]):
+            stop_for_bad_numbers(agent, f"the {name} of the update")
+    for name in ("reward", "shaped_reward", "length"):
+        figures[name] /= max(figures["finished"], 1.0)
+    if figures["finished"]:
+        agent.mean_rewards = figures["reward"]
+    if figures["stop"] and not agent.stop_signal:  # another process got a signal
+        agent.stop_signal = signal.SIGTERM
+    return figures
+
+
+def log_epoch(agent: PPOAgent, figures, step_time: float, play_time: float, epoch_time: float):
+    """Write the epoch's scalars under rl_games' tags, call the observers, draw the console line."""
+    if RANK != 0:
+        return
+    args, epoch, frame = agent.args, agent.epoch_num, agent.frame
+    write = agent.writer.add_scalar
+    rates = [agent.frames_per_epoch / max(t, 1e-9) for t in (step_time, play_time, epoch_time)]
+    for name, rate in zip(("step", "step_inference", "step_inference_rl_update"), rates):
+        write(f"performance/{name}_fps", rate, frame)
+    write("performance/step_time", step_time, frame)
+    write("performance/step_inference_time", play_time, frame)
+    write("performance/rl_update_time", epoch_time - play_time, frame)
+    for name in (*LOSSES, "explained_variance"):
+        write(f"losses/{name}", figures[name], frame)
+    info = dict(last_lr=figures["lr"], lr_mul=1.0, e_clip=args.clip_coef, kl=figures["kl"])
+    for name, value in dict(info, epochs=epoch).items():
+        write(f"info/{name}", value, frame)
+    episodes = dict(rewards="reward", shaped_rewards="shaped_reward", episode_lengths="length")
+    for tag, name in episodes.items() if figures["finished"] else ():
+        for axis, step in (("step", frame), ("iter", epoch), ("time", agent.total_time)):
+            write(f"{tag}/{axis}", figures[name], step)
+    agent.algo_observer.after_print_stats(frame, epoch, agent.total_time)
+    agent.writer.end_epoch()
+
+    done = "no episode finished yet"
+    if figures["finished"]:
+        done = f"reward {figures['reward']:.2f} length {figures['length']:.1f}"
+    left = int(epoch_time * (args.max_epochs - epoch))
+    left = f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    fps = "fps " + "/".join(f"{rate / 1000:.0f}k" for rate in rates)
+    lr = f"lr {figures['lr']:.1e}"
+    show_epoch([f"epoch {epoch}/{args.max_epochs}", done, left, lr, fps, f"frames {frame:,}"])
+    limit = getattr(agent.env, "max_episode_length", math.inf)
+    if figures["longest"] >= limit - 1 and not agent.time_outs_seen:
+        agent.time_outs_seen = True  # say it once
+        what = f"episodes end at max_episode_length ({limit}) but there is no infos['time_outs']"
+        warn(f"{what}: the clock is taken for failure")
 
 
 class Writer(SummaryWriter):
-    """A SummaryWriter that also remembers the epoch's scalars, whoever wrote them: `scalars` is {tag: value}.
+    """A SummaryWriter that remembers the epoch's scalars, whoever wrote them, for other backends.
+    Those of one step leave as one event at the end of the epoch, ten times cheaper than one each.
+    Where a continued run repeats epochs TensorBoard shows the later points only."""
 
-    Scalars of the same step leave as one TensorBoard event at `end_epoch`: ten times cheaper than an event each.
-    """
-
-    def __init__(self, log_dir: str, **kwargs):
-        super().__init__(log_dir, **kwargs)
+    def __init__(self, log_dir: str):
+        super().__init__(log_dir)
         self.scalars: Dict[str, float] = {}
-        self.gifs: Dict[str, str] = {}  # {tag: path} of the epoch's videos
-        self.pending: Dict[int, List[Summary.Value]] = {}
+        self.steps: Dict[int, List[Summary.Value]] = {}
         self.works = True
 
     def add_scalar(self, tag, scalar_value, global_step=None, *args, **kwargs) -> None:
-        value = float(scalar_value)
-        self.scalars[tag] = value
-        self.pending.setdefault(int(global_step or 0), []).append(Summary.Value(tag=tag, simple_value=value))
-
-    def add_gif(self, tag: str, path: str, size: Tuple[int, int], global_step: int) -> None:
-        with open(path, "rb") as file:
-            image = Summary.Image(width=size[0], height=size[1], colorspace=3, encoded_image_string=file.read())
-        self.gifs[tag] = path
-        self.pending.setdefault(global_step, []).append(Summary.Value(tag=tag, image=image))
+        self.scalars[tag] = float(scalar_value)
+        value = Summary.Value(tag=tag, simple_value=self.scalars[tag])
+        self.steps.setdefault(int(global_step or 0), []).append(value)
 
     def end_epoch(self) -> None:
         try:
-            for step, values in self.pending.items() if self.works else ():
+            for step, values in self.steps.items() if self.works else ():
                 self.file_writer.add_summary(Summary(value=values), step)
-        except Exception as exc:  # the disk is full, the folder gone: the curve stops, training does not
+        except Exception as exc:  # a full disk, for example, stops the curve but not training
             self.works = False
-            warn(f"TensorBoard events cannot be written any more ({exc}): training goes on without them")
-        self.pending.clear()
+            warn(f"TensorBoard's events cannot be written ({exc}): training goes on")
+        self.steps.clear()
         self.scalars.clear()
-        self.gifs.clear()
-
-    @staticmethod
-    def rewind(log_dir: str, epoch: int) -> None:
-        """Cut off what was logged after `epoch`, so that epochs that are run again are not drawn twice.
-
-        purge_step cannot do it alone: it compares frames with the steps of <tag>/iter (epochs) and <tag>/time (seconds).
-        """
-        for path in glob.glob(os.path.join(glob.escape(log_dir), "events.out.tfevents*")):
-            with open(path, "r+b") as file:
-                while True:  # a record is: 8 bytes of length, 4 of checksum, the event, 4 of checksum
-                    start, header = file.tell(), file.read(12)
-                    length = struct.unpack("<Q", header[:8])[0] + 4 if len(header) == 12 else 1
-                    event = file.read(length)
-                    if len(event) < length:
-                        break  # the end, or half a record of a killed process
-                    values = Event.FromString(event[:-4]).summary.value
-                    if any(value.tag == "info/epochs" and value.simple_value > epoch for value in values):
-                        break
-                if file.seek(0, os.SEEK_END) > start:
-                    file.truncate(start)
-
-
-# ======================================================================================================================
-# 5  OBSERVERS
-#
-# The training loop knows no logging backend: it writes to `algo.writer` and calls these hooks, rl_games' six, on the
-# observer given to the Runner. For a new backend subclass AlgoObserver, override `after_print_stats`, where
-# `self.writer.scalars` has all that the epoch logged, and add it in `main`.
-# `algo` is the PPOAgent: algo.writer, .device, .games_to_track, .epoch_num, .frame, .model, .mean_rewards, .config ...
-# ======================================================================================================================
 
 
 class AlgoObserver:
-    """The hooks, in the order in which they are called; none needs to be overridden. rl_games' observers plug in unchanged."""
-
-    needs_done_indices = True  # False saves a wait for the GPU each step, if every observer says so; `algo.dones` has the mask
+    """rl_games' six hooks, in the order in which they are called, and three of our own: none needs
+    to be overridden, and rl_games' own observers plug in unchanged. `algo` is the PPOAgent."""
 
     def before_init(self, base_name: str, config: Dict[str, Any], experiment_name: str) -> None:
-        """Before the agent exists. config: all arguments, by our and by rl_games' names, and `run_dir`, `wandb_run_id`."""
+        """Before training. config: all arguments, also by rl_games' names, and run_dir."""
 
-    def after_init(self, algo: "PPOAgent") -> None:
+    def after_init(self, algo: PPOAgent) -> None:
         """The agent is complete."""
-        self.algo, self.writer = algo, algo.writer
+        self.algo = algo
+        self.writer = algo.writer
 
     def process_infos(self, infos: Dict[str, Any], done_indices: Optional[Tensor]) -> None:
-        """After each env step. done_indices (n, 1): the envs whose episode ended. Copy what you keep of infos."""
+        """After each step. done_indices (n, 1): the environments whose episode ended; the mask is
+        algo.dones (E,). Copy what you keep of infos."""
 
     def after_steps(self) -> None:
         """After the rollout, before the update."""
 
     def after_clear_stats(self) -> None:
-        """rl_games calls this when it clears its meters."""
+        """rl_games calls this when it clears its meters. Here nothing does."""
 
     def after_print_stats(self, frame: int, epoch_num: int, total_time: float) -> None:
-        """At the end of each epoch: log here. frame: env steps so far, total_time: seconds of training."""
+        """At the end of an epoch: log here. frame: env steps so far; total_time: seconds so far."""
 
     def close(self) -> None:
-        """The run ends. (This and the next two are not rl_games' hooks.)"""
+        """The run ends. This hook and the next two are not rl_games'."""
 
     def state_dict(self) -> Dict[str, Any]:
-        """What to keep in checkpoints, as tensors, numbers, strings, lists and dicts."""
+        """What to keep in checkpoints: tensors, numbers, strings, lists and dicts."""
         return {}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Back to what `state_dict` gave; called after after_init when a run is continued."""
+        """Back to what state_dict gave, after after_init, when a run is continued."""
 
 
 class RLGPUAlgoObserver(AlgoObserver):
-    """Logs what the environment puts into `infos`, as IsaacGymEnvs' observer of this name does:
+    """Logs what the environment puts into infos, as IsaacGymEnvs' observer of this name does:
 
-        infos["episode"][key]             scalar or tensor      Episode/<key>: mean over the epoch
-        infos["episode_cumulative"][key]  (E,), summed up over  episode_cumulative{,_min,_max}/<key>: over the last
-                                          each episode          games_to_track episodes
-        any scalar, nested or not                               <key>/{frame,iter,time}: mean over the epoch
+    infos["episode"][key]             tensor or number      Episode/<key>: mean over the epoch
+    infos["episode_cumulative"][key]  (E,), summed up over  episode_cumulative{,_min,_max}/<key>:
+                                      each episode          over the last games_to_track episodes
+    any scalar, nested or not         <key>/{frame,iter,time}: mean over the epoch
 
-    But keys may come and go, scalars are averaged instead of the last one taken, and nothing loops over envs or leaves the device
-    before the epoch ends.
+    Keys may come and go, scalars are averaged, and nothing leaves the device before the epoch ends.
     """
-
-    needs_done_indices = False
 
     def after_init(self, algo) -> None:
         super().after_init(algo)
-        self.sums: Dict[str, Any] = {}  # "Episode/<key>" or scalar's key -> (sum, count) over the epoch
-        self.steps: Dict[str, List[Tuple[Tensor, Tensor]]] = {}  # episode_cumulative key -> (value, done) of each step of the epoch
-        self.episodes = collections.defaultdict(lambda: EpisodeMeter(len(algo.dones), algo.games_to_track, 1, algo.device))
+        self.sums: Dict[str, Tuple[Any, int]] = {}  # tag -> sum and count over the epoch
+        self.steps = collections.defaultdict(list)  # episode_cumulative's key -> (value, dones) ...
+        size = (len(algo.dones), algo.games_to_track, 1, algo.device)
+        self.meters = collections.defaultdict(lambda: EpisodeMeter(*size))
 
     def process_infos(self, infos, done_indices) -> None:
-        for key, value in infos.get("episode", {}).items():
-            value = torch.as_tensor(value, device=self.algo.device).detach().float()
-            self._add("Episode/" + key, value.sum(), value.numel())
-        for key, value in infos.get("episode_cumulative", {}).items():
-            self.steps.setdefault(key, []).append((value.to(self.algo.device, torch.float32, copy=True), self.algo.dones.bool()))
-        self._add_scalars(infos, "")
+        cumulative = infos.get("episode_cumulative")
+        for key, value in cumulative.items() if isinstance(cumulative, dict) else ():
+            if isinstance(value, Tensor) and value.shape == self.algo.dones.shape:
+                value = value.to(self.algo.device, torch.float32, copy=True)
+                self.steps[key].append((value, self.algo.dones.bool()))
+        self.add({key: value for key, value in infos.items() if key != "episode_cumulative"}, "")
 
-    def _add_scalars(self, infos, prefix) -> None:
+    def add(self, infos: Dict[str, Any], prefix: str) -> None:
         for key, value in infos.items():
             if isinstance(value, dict):
-                self._add_scalars(value, f"{prefix}{key}/")
-            elif isinstance(value, (int, float, np.number)) or (isinstance(value, Tensor) and value.dim() == 0):
-                self._add(prefix + key, value.detach().float() if isinstance(value, Tensor) else float(value), 1)
+                self.add(value, "Episode/" if prefix + key == "episode" else f"{prefix}{key}/")
+            elif isinstance(value, (int, float, np.number)):  # summed up here, not on the GPU
+                self.count(prefix + key, float(value), 1)
+            elif isinstance(value, Tensor) and (value.dim() == 0 or prefix == "Episode/"):
+                value = value.to(self.algo.device).detach().float()
+                self.count(prefix + key, value.sum(), value.numel())
 
-    def _add(self, key, value, count) -> None:
-        total, n = self.sums.get(key, (0.0, 0))
-        self.sums[key] = (total + value, n + count)
+    def count(self, tag: str, value: Any, number: int) -> None:
+        total, n = self.sums.get(tag, (0.0, 0))
+        self.sums[tag] = (total + value, n + number)
 
     def after_print_stats(self, frame, epoch_num, total_time) -> None:
-        if self.sums:  # one transfer for all of them
-            means = torch.stack([torch.as_tensor(total / max(count, 1), dtype=torch.float32, device=self.algo.device)
-                                 for total, count in self.sums.values()]).tolist()
-            for key, mean in zip(self.sums, means):
-                if key.startswith("Episode/"):
-                    self.writer.add_scalar(key, mean, epoch_num)
-                else:
-                    for axis, step in (("frame", frame), ("iter", epoch_num), ("time", total_time)):
-                        self.writer.add_scalar(f"{key}/{axis}", mean, step)
-            self.sums.clear()
+        write = self.writer.add_scalar
+        device = self.algo.device
+        means = [torch.as_tensor(x / max(n, 1), device=device) for x, n in self.sums.values()]
+        for tag, mean in zip(self.sums, torch.stack(means).tolist() if means else ()):
+            if tag.startswith("Episode/"):
+                write(tag, mean, epoch_num)
+            else:
+                for axis, step in (("frame", frame), ("iter", epoch_num), ("time", total_time)):
+                    write(f"{tag}/{axis}", mean, step)
+        self.sums.clear()
         for key, steps in self.steps.items():
-            values, dones = map(torch.stack, zip(*steps))
-            window, before = self.episodes[key].finished, self.episodes[key].finished.count
-            self.episodes[key].add_rollout(values, dones=dones)
-            if window.count > before:  # only if episodes ended in this epoch
-                self.writer.add_scalar(f"episode_cumulative/{key}", window.rows.mean(), frame)
-                self.writer.add_scalar(f"episode_cumulative_min/{key}_min", window.rows.min(), frame)
-                self.writer.add_scalar(f"episode_cumulative_max/{key}_max", window.rows.max(), frame)
+            values, dones = (torch.stack(x) for x in zip(*steps))
+            meter, before = self.meters[key], self.meters[key].count
+            meter.add_rollout((values,), dones)
+            if meter.count > before:
+                write(f"episode_cumulative/{key}", meter.finished.mean(), frame)
+                write(f"episode_cumulative_min/{key}_min", meter.finished.min(), frame)
+                write(f"episode_cumulative_max/{key}_max", meter.finished.max(), frame)
         self.steps.clear()
 
-    def state_dict(self):
-        return {key: {"running": meter.running[:, 0], "window": meter.finished.state_dict()} for key, meter in self.episodes.items()}
+    def state_dict(self) -> Dict[str, Any]:
+        return {key: [m.running, m.finished, m.count] for key, m in self.meters.items()}
 
     def load_state_dict(self, state) -> None:
-        for key, saved in state.items():
-            if saved["running"].shape == self.algo.dones.shape:  # another num_envs starts anew
-                self.episodes[key].running[:, 0] = saved["running"]
-                self.episodes[key].finished.load_state_dict(saved["window"])
+        for key, (running, finished, count) in state.items():
+            meter = self.meters[key]
+            if running.shape == meter.running.shape:  # with another num_envs it starts anew
+                meter.running.copy_(running)
+                meter.finished, meter.count = finished.to(self.algo.device), count
 
 
 class WandbAlgoObserver(AlgoObserver):
-    """Sends the epoch's scalars to Weights & Biases, once an epoch. Put it last: it sends what the others wrote to `algo.writer`.
+    """Sends the epoch's scalars to Weights & Biases; training goes on whether that is absent,
+    offline, slow or broken. Not by sync_tensorboard, which gets the x-axis of <tag>/iter and
+    <tag>/time wrong, and without `step=`, which would drop points of a continued run: frames, epoch
+    and seconds are values, and each metric is told which of them is its x-axis."""
 
-    Not by sync_tensorboard, which puts <tag>/iter and <tag>/time on the wrong x-axis; and without `step=`, which would drop the
-    points of a continued run: frames, epoch and seconds are logged as values, and each metric is told which is its x-axis.
-    Whatever W&B does - absent, offline, slow, broken - training goes on.
-    """
-
-    needs_done_indices = False
-    patience = 20  # seconds for a server's first answer, and for sending the rest at the end: usually one or two do
+    patience = 20  # seconds for the server's first answer, and for the rest at the end
 
     def __init__(self, args: Args):
-        self.args, self.run, self.defined = args, None, set()
+        self.args = args
+        self.run: Any = None
+        self.defined: set = set()  # tags whose x-axis W&B knows
 
     def before_init(self, base_name, config, experiment_name) -> None:
-        os.environ.setdefault("WANDB_INIT_TIMEOUT", "60")  # seconds; the variable works in every version
-        try:
-            import wandb
-
-            self.wandb = wandb
-        except ImportError:
-            return warn("--track: wandb is not installed (pip install wandb): training goes on without it")
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "60")  # seconds
+        args, run_dir = self.args, config["run_dir"]
+        about = dict(project=args.wandb_project_name, entity=args.wandb_entity or None)
+        about.update(name=experiment_name, id=config["wandb_run_id"], resume="allow", config=config)
         for mode in (None, "offline"):  # None: as WANDB_MODE says, else online
             try:
-                settings = wandb.setup().settings
-                if mode is None and settings.mode == "online":  # without a network wandb would try for minutes
+                self.wandb = importlib.import_module("wandb")
+                settings = self.wandb.setup().settings
+                if mode is None and settings.mode == "online":  # init would wait for minutes
                     with contextlib.suppress(urllib.error.HTTPError):  # any answer will do
                         urllib.request.urlopen(settings.base_url, timeout=self.patience).close()
-                self.run = wandb.init(
-                    project=self.args.wandb_project_name, entity=self.args.wandb_entity or None, group=self.args.wandb_group or None,
-                    tags=self.args.wandb_tags or None, name=experiment_name, id=config["wandb_run_id"], resume="allow",
-                    dir=os.path.abspath(config["run_dir"]), config=config, mode=mode)
-                for axis in ("global_step", "epoch", "time"):
-                    self.run.define_metric(axis)
+                self.run = self.wandb.init(**about, dir=os.path.abspath(run_dir), mode=mode)
                 return
+            except ImportError as exc:
+                return warn(f"--track: {exc} (pip install wandb): training goes on without it")
             except Exception as exc:
-                then = f"recording offline, upload later with: wandb sync {config['run_dir']}/wandb/offline-run-*"
-                warn(f"W&B failed to start: {first_line(exc)}; {then if mode is None else 'training goes on without it'}")
-                self._in_time(wandb.teardown)  # a failed start spoils the next one; clearing it away may wait for the network again
+                then = "training goes on without it" if mode else "recording offline, upload "
+                then += "" if mode else f"later: wandb sync {run_dir}/wandb/offline-run-*"
+                warn(f"W&B failed to start: {first_line(exc)}; {then}")
+                self.in_time(self.wandb.teardown, 2)  # a failed start would spoil the next one
 
     def after_print_stats(self, frame, epoch_num, total_time) -> None:
         if self.run is None:
             return
+        axes = dict(global_step=frame, epoch=epoch_num, time=total_time)
         try:
-            row = {**self.writer.scalars, **{tag: self.wandb.Video(path, format="gif") for tag, path in self.writer.gifs.items()}}
-            for tag in set(row) - self.defined:
-                axis = {"iter": "epoch", "time": "time"}.get(tag.rsplit("/", 1)[-1], "global_step")
-                self.run.define_metric(tag, step_metric=axis)
+            for tag in {*self.writer.scalars, *axes} - self.defined:
+                axis = dict(iter="epoch", time="time").get(tag.rsplit("/", 1)[-1], "global_step")
+                self.run.define_metric(tag, step_metric=None if tag in axes else axis)
                 self.defined.add(tag)
-            self.run.log({**row, "global_step": frame, "epoch": epoch_num, "time": total_time})
+            self.run.log({**self.writer.scalars, **axes})
         except Exception as exc:
-            self._leave(f"failed ({exc}): training goes on without it")
+            self.give_up(f"failed ({exc}): training goes on without it")
 
     def close(self) -> None:
-        def finish():
-            algo = self.algo
-            best = algo.last_mean_rewards if algo.best_epoch else None
-            self.run.summary.update({"best_reward": best, "best_epoch": algo.best_epoch or None, "stop_reason": algo.stop_reason})
-            for name in sorted(os.listdir(algo.nn_dir)):
-                if self.args.wandb_upload == "all" or (self.args.wandb_upload == "best" and name == "best.pth"):
-                    epoch = int(re.sub(r"\D", "", name) or algo.epoch_num)
-                    about = {"epoch": algo.best_epoch, "reward": best} if name == "best.pth" else {"epoch": epoch}
-                    artifact = self.wandb.Artifact(f"{self.run.id}-{name[:-4]}", type="model", metadata=about)
-                    artifact.add_file(os.path.join(algo.nn_dir, name))
-                    self.run.log_artifact(artifact)
-            for _ in range(32):  # W&B <= 0.24 writes its file in blocks of 32 KiB; the config, 1 KiB or more, pushes the last rows out
-                self.run.config.persist()
-            self.run.finish()
-
         try:
-            if self.run is not None and self._in_time(finish, self.patience):
+            if self.run is not None and self.in_time(self.finish, self.patience):
                 self.run = None
         finally:  # also if Ctrl-C cuts the waiting short
             if self.run is not None:
-                self._leave("did not take everything in time")
+                self.give_up("did not take everything in time")
 
-    def _leave(self, why: str) -> None:
+    def finish(self) -> None:
+        algo, summary = self.algo, {"stop_reason": stop_reason(self.algo)}
+        if algo.best_epoch:
+            summary.update(best_reward=algo.last_mean_rewards, best_epoch=algo.best_epoch)
+        self.run.summary.update(summary)
+        # W&B <= 0.24 writes its file in blocks of 32 KiB. Repeating the config, 1 KiB or more,
+        # pushes the last rows out before the server is waited for.
+        for _ in range(32):
+            self.run.config.persist()
+        self.run.finish()
+
+    def give_up(self, why: str) -> None:
         folder = os.path.relpath(os.path.dirname(self.run.dir))
         self.run = None
         warn(f"W&B {why}; upload the rest later with: wandb sync --include-online {folder}")
-        self._in_time(self.wandb.teardown)  # first of all it unregisters W&B's exit hook, which would wait without end
+        self.in_time(self.wandb.teardown, 2)  # or W&B's exit hook would wait without end
 
-    @staticmethod
-    def _in_time(call, seconds: float = 2) -> bool:
-        """Whether W&B did as told in time. Without an answer it waits for many minutes: it may, in a thread that ends with the program."""
+    def in_time(self, call: Callable[[], Any], seconds: float) -> bool:
+        """Whether W&B did as told in time. If not it may go on, in a thread that ends with us."""
         done: List[Any] = []
 
         def work():
@@ -983,55 +1211,244 @@ class WandbAlgoObserver(AlgoObserver):
 
 
 class MultiObserver(AlgoObserver):
-    """Calls every hook on each of `observers`, in order. One that raises is reported, once, and left out from then on."""
+    """Calls every hook on each of `observers`, in order. One that raises is named and left out."""
 
-    def __init__(self, observers: List[AlgoObserver], strict: bool = False):
-        self.observers, self.strict = list(observers), strict
-        # an observer written for rl_games does not say whether it looks at done_indices: then it does
-        self.needs_done_indices = any(getattr(o, "needs_done_indices", True) for o in self.observers)
+    def __init__(self, observers: Sequence[AlgoObserver], strict: bool = False):
+        self.everyone = list(observers)
+        self.observers = list(observers)  # without those that were left out
+        self.strict = strict  # let exceptions through
+        # Ours uses the mask; another one that has a process_infos of its own may want the indices.
+        ours = (AlgoObserver.process_infos, RLGPUAlgoObserver.process_infos)
+        hooks = [getattr(type(observer), "process_infos", None) for observer in self.observers]
+        self.needs_done_indices = any(hook not in ours for hook in hooks)
 
-    def _call_one(self, observer: AlgoObserver, hook: str, *args) -> Any:
+    def ask(self, observer: AlgoObserver, hook: str, *args) -> Any:
+        """What the observer returns; None if it is left out or, like rl_games', lacks the hook."""
         try:
-            if hasattr(observer, hook):  # rl_games' own base class lacks after_clear_stats, and those that are ours alone
+            if observer in self.observers and hasattr(observer, hook):
                 return getattr(observer, hook)(*args)
         except Exception as exc:
             if self.strict:
                 raise
             self.observers.remove(observer)
-            warn(f"{type(observer).__name__}.{hook} raised {exc!r}: training goes on without this observer\n{traceback.format_exc().rstrip()}")
+            what = f"{type(observer).__name__}.{hook} raised {exc!r}"
+            warn(f"{what}: training goes on without this observer\n{traceback.format_exc()}")
 
-    def _call(self, hook: str, *args) -> Dict[str, Any]:
-        return {type(observer).__name__: self._call_one(observer, hook, *args) for observer in list(self.observers)}
-
-    before_init = functools.partialmethod(_call, "before_init")
-    after_init = functools.partialmethod(_call, "after_init")
-    process_infos = functools.partialmethod(_call, "process_infos")
-    after_steps = functools.partialmethod(_call, "after_steps")
-    after_clear_stats = functools.partialmethod(_call, "after_clear_stats")
-    after_print_stats = functools.partialmethod(_call, "after_print_stats")
-    close = functools.partialmethod(_call, "close")
-    state_dict = functools.partialmethod(_call, "state_dict")
-
-    def load_state_dict(self, state) -> None:
+    def call(self, hook: str, *args) -> None:
         for observer in list(self.observers):
-            if state.get(type(observer).__name__):
-                self._call_one(observer, "load_state_dict", state[type(observer).__name__])
+            self.ask(observer, hook, *args)
+
+    before_init = functools.partialmethod(call, "before_init")
+    after_init = functools.partialmethod(call, "after_init")
+    process_infos = functools.partialmethod(call, "process_infos")
+    after_steps = functools.partialmethod(call, "after_steps")
+    after_clear_stats = functools.partialmethod(call, "after_clear_stats")
+    after_print_stats = functools.partialmethod(call, "after_print_stats")
+    close = functools.partialmethod(call, "close")
+
+    def state_dict(self) -> List[Any]:
+        """[class name, state] of each observer, so that two of one class have their own."""
+        return [[type(x).__name__, self.ask(x, "state_dict")] for x in self.everyone]
+
+    def load_state_dict(self, states: List[Any]) -> None:
+        left = list(states)
+        for observer in self.everyone:
+            mine = next((entry for entry in left if entry[0] == type(observer).__name__), None)
+            if mine:
+                left.remove(mine)
+                if mine[1]:
+                    self.ask(observer, "load_state_dict", mine[1])
 
 
-# ======================================================================================================================
-# 6  CHECKPOINTS
+# CHECKPOINTS ======================================================================================
+# runs/<experiment>/nn/epoch_<N>.pth   every save_frequency epochs
+#                      best.pth        at each new highest mean reward of a full window of episodes
+#                      last.pth        when the run ends, by itself, by a signal or by an error
 #
-# runs/<experiment>/nn/: epoch_<N>.pth every save_frequency epochs, best.pth at each new best mean reward, last.pth at exit and in between
-# if nothing else was written for long.
-# Each is rl_games' dict (model, optimizer, epoch, frame, last_mean_rewards, env_state) and what exact continuation needs besides.
-# ======================================================================================================================
+# Each holds rl_games' keys (model, optimizer, epoch, frame, last_mean_rewards, env_state) and what
+# exact continuation needs besides (agent_state): nothing but tensors, numbers, strings, lists and
+# dicts, so that it loads with weights_only=True, which runs no code.
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+COUNTERS = dict(epoch="epoch_num", frame="frame", total_time="total_time")  # key: agent's name
+COUNTERS.update(last_mean_rewards="last_mean_rewards", best_epoch="best_epoch")
+KINDS = dict(epoch=int, frame=int, total_time=float, last_mean_rewards=float, best_epoch=int)
+KINDS.update(num_obs=int, num_acts=int, args=dict, model=dict, optimizer=dict, wandb_run_id=str)
+KINDS.update(observers=list, episodes=list)
+CONVERT = "if it is rl_games', convert it: python tools/from_rl_games.py {} ours.pth"
+
+
+def agent_state(agent: PPOAgent) -> Dict[str, Any]:
+    """All that the run is, as a checkpoint keeps it."""
+    env, episodes, optimizer = agent.env, agent.episodes, agent.optimizer.state_dict()
+    for group in optimizer["param_groups"]:
+        group.update(lr=float(agent.lr), fused=None)  # as rl_games has them
+    cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
+    rng = dict(torch=torch.get_rng_state(), cuda=cuda, python=random.getstate())
+    name, keys, *rest = np.random.get_state()
+    rng["numpy"] = [name, keys.tolist(), *rest]
+    state = {key: getattr(agent, name) for key, name in COUNTERS.items()}
+    state.update(model=dict(agent.model.state_dict()), optimizer=optimizer, args=asdict(agent.args))
+    state.update(num_obs=int(env.num_obs), num_acts=int(env.num_acts))
+    state["format_version"] = FORMAT_VERSION
+    state["clip_obs"] = float(getattr(env, "clip_obs", math.inf))
+    state["env_state"] = env.get_env_state() if hasattr(env, "get_env_state") else None
+    state["episodes"] = [episodes.running, episodes.finished, episodes.count]
+    state.update(obs=agent.obs, dones=agent.dones, rng=rng, first_epoch=agent.first_epoch)
+    state["wandb_run_id"] = agent.config["wandb_run_id"]
+    state["observers"] = agent.algo_observer.state_dict()
+    return plain(state)
+
+
+def restore_model(agent: PPOAgent, state: Dict[str, Any], path: str) -> None:
+    """Take over the weights and statistics. UserError if they are of another network or env."""
+    with reading(path):
+        check_fits(state, agent.model, path)
+        agent.model.load_state_dict(state["model"])
+
+
+def restore_agent(agent: PPOAgent, state: Dict[str, Any], path: str) -> bool:
+    """Go on from `state`. True if exactly, False if the environment had to start new episodes."""
+    restore_model(agent, state, path)
+    with reading(path):
+        # How a step is computed is for this run to say; what was gathered so far is in `state`.
+        optimizer, old_lr = agent.optimizer.state_dict(), state["args"].get("learning_rate")
+        optimizer["state"] = state["optimizer"]["state"]
+        agent.optimizer.load_state_dict(optimizer)
+        agent.optimizer.param_groups[0]["lr"] = agent.lr
+        if old_lr in (None, agent.args.learning_rate):  # else a flag wins
+            agent.lr.fill_(state["optimizer"]["param_groups"][0]["lr"])
+        for key, name in COUNTERS.items():
+            setattr(agent, name, state[key])
+        running, finished, count = state["episodes"]
+        agent.episodes.count = int(count)
+        agent.episodes.finished = finished.to(agent.device).view(-1, 3)
+        # Without exact_state the env's state is something like a curriculum: it fits any num_envs.
+        env, whole = agent.env, getattr(agent.env, "exact_state", False)
+        exact = whole and state["obs"].shape == agent.obs.shape and WORLD_SIZE == 1
+        can_be_set = state["env_state"] is not None and hasattr(env, "set_env_state")
+        if can_be_set and (exact or not whole):
+            env.set_env_state(state["env_state"])
+        if exact:
+            agent.obs = torch.empty_like(agent.obs).copy_(state["obs"])
+            agent.dones.copy_(state["dones"])
+            agent.episodes.running.copy_(running)
+            rng = state["rng"]
+            version, keys, gauss = rng["python"]
+            random.setstate((version, tuple(keys), gauss))
+            np.random.set_state(tuple(rng["numpy"]))
+            torch.set_rng_state(rng["torch"])
+            if rng["cuda"] is not None and agent.device.type == "cuda":
+                torch.cuda.set_rng_state(rng["cuda"], agent.device)
+        agent.first_epoch = state["first_epoch"] if exact else agent.epoch_num
+        agent.whole_epoch = agent.epoch_num
+    return exact
+
+
+def check_fits(state: Dict[str, Any], model: ActorCritic, path: str) -> None:
+    """UserError unless the checkpoint's tensors are those that a run of this model would save."""
+    expected, found = dict(model.state_dict()), dict(state["model"])
+    for i, parameter in enumerate(model.parameters()):
+        moments = dict(step=torch.zeros(()), exp_avg=parameter, exp_avg_sq=parameter)
+        for name, value in moments.items() if i in state["optimizer"]["state"] else ():
+            expected[f"Adam's {name} of parameter {i}"] = value
+            theirs = state["optimizer"]["state"][i][name]
+            is_count = name == "step"  # which was an int in older versions of torch
+            theirs = torch.as_tensor(theirs, dtype=torch.float32) if is_count else theirs
+            found[f"Adam's {name} of parameter {i}"] = theirs
+    sides = (found, expected)
+    for name in (*expected, *found):
+        kind = [
+            f"{x[name].dtype} {tuple(x[name].shape)}" if name in x else "missing" for x in sides
+        ]
+        if kind[0] != kind[1]:
+            what = f"{name} is {kind[0]}, but {kind[1]} in a run with these arguments"
+            raise UserError(f"{path} does not fit the env or the network: {what}")
+
+
+@contextlib.contextmanager
+def reading(path: str):
+    """Whatever goes wrong while a checkpoint is read or restored is one line about that file."""
+    try:
+        yield
+    except (UserError, TrainingError):
+        raise
+    except Exception as exc:
+        reason = f"{type(exc).__name__}: {first_line(exc)}"
+        if isinstance(exc, pickle.UnpicklingError):
+            reason = f"more than tensors, numbers and text is in it; {CONVERT.format(path)}"
+        raise UserError(f"{path} cannot be used: {reason}") from exc
+
+
+def plain(value: Any) -> Any:
+    """A copy of `value` made of what a checkpoint may hold; numpy becomes torch and Python."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray):
+        return torch.tensor(value)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
+
+
+def save_checkpoints(agent: PPOAgent, figures: Dict[str, float]) -> None:
+    """best.pth and epoch_<N>.pth, if it is time for them."""
+    args, epoch = agent.args, agent.epoch_num
+    # Since the environments started, each could have finished a whole episode, and a full window of
+    # episodes has ended. Before that the short episodes are over-represented.
+    steps = (epoch - agent.first_epoch) * args.num_steps
+    fair = steps >= getattr(agent.env, "max_episode_length", 0)
+    fair = fair and figures["finished"] == args.games_to_track
+    is_best = fair and agent.mean_rewards > agent.last_mean_rewards
+    if is_best and epoch >= args.save_best_after:
+        before = (agent.last_mean_rewards, agent.best_epoch)
+        agent.last_mean_rewards, agent.best_epoch = agent.mean_rewards, epoch
+        save(agent, "best.pth")
+        if agent.save_failed:  # it is not on disk, so it is still to be beaten
+            agent.last_mean_rewards, agent.best_epoch = before
+    if args.save_frequency and epoch % args.save_frequency == 0:
+        save(agent, f"epoch_{epoch}.pth")
+
+
+def save(agent: PPOAgent, name: str, final: bool = False) -> None:
+    """Save, or warn: while training goes on there is a next time. At the end: TrainingError."""
+    if RANK != 0:
+        return
+    path = os.path.join(agent.nn_dir, name)
+    with contextlib.suppress(Exception):  # TensorBoard's trouble is not the checkpoint's
+        agent.writer.flush()  # the curve on disk is never behind the checkpoint
+    try:
+        save_checkpoint(agent_state(agent), path)
+        agent.save_failed = False
+    except OSError as exc:
+        what = f"{path} cannot be written ({exc.strerror or exc})"
+        if final:
+            raise TrainingError(f"{what}: epoch {agent.epoch_num} is not on disk") from exc
+        if not agent.save_failed:
+            warn(f"{what}; training goes on, the next save will try again")
+        agent.save_failed = True
+
+
+def save_after_crash(agent: PPOAgent) -> None:
+    """last.pth of the last complete epoch, if the weights in memory are those. The environment may
+    be dead: it starts anew when the run continues."""
+    if agent.whole_epoch:
+        agent.epoch_num = agent.whole_epoch
+        agent.env = SimpleNamespace(num_obs=agent.env.num_obs, num_acts=agent.env.num_acts)
+        agent.obs = agent.obs[:0]
+        with contextlib.suppress(Exception):  # the first exception is the one to see
+            save(agent, "last.pth")
 
 
 def save_checkpoint(state: Dict[str, Any], path: str) -> None:
-    """Write `state` so that `path` holds either the old file or the whole new one, also if the machine dies meanwhile."""
-    serialised = io.BytesIO()  # torch.save to a file would turn a full disk into a RuntimeError without a reason
+    """Write `state` so that `path` always holds a whole file, even if the machine dies."""
+    serialised = io.BytesIO()  # torch.save to a file reports a full disk without a reason
     torch.save(state, serialised)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -1040,973 +1457,457 @@ def save_checkpoint(state: Dict[str, Any], path: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        raise
-
-
-def claim_run_dir(run_dir: str) -> Any:
-    """Keep other processes out of a run folder for as long as this process lives, and clear what a killed one left half written."""
-    try:
-        lock = open(os.path.join(run_dir, ".lock"), "w")
-    except OSError as exc:
-        raise UserError(f"{run_dir} cannot be trained in: {exc.strerror or exc}; branch off with --experiment NAME")
-    try:
-        import fcntl
-
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{run_dir} is being trained by another process: stop that one first, or branch off with --experiment NAME")
-    except (ImportError, OSError):  # Windows; some network file systems have no locks: what is lost there is the refusal alone
-        pass
-    for path in glob.glob(os.path.join(glob.escape(run_dir), "nn", "*.tmp")):
-        os.remove(path)
-    return lock
 
 
 def load_checkpoint(path: str) -> Dict[str, Any]:
-    """Read a checkpoint to the CPU, without running code from it. UserError with one line if that cannot be done."""
-    try:
-        with open(path, "rb") as file:
-            if not zipfile.is_zipfile(file):
-                raise UserError(f"{path} is truncated or not a checkpoint")
-            bad = zipfile.ZipFile(file).testzip()  # torch.load does not look at the checksums
-            if bad:
-                raise UserError(f"{path} is damaged: {bad} does not match its checksum")
-            file.seek(0)
-            allow_numpy_scalars()
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except OSError as exc:
-        raise UserError(f"--checkpoint {path} cannot be read: {exc.strerror or exc}")
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} is not a checkpoint of plain tensors and numbers (it asks to run code): refused")
-    except Exception as exc:
-        raise UserError(f"{path} is damaged or not a checkpoint: {first_line(exc)}")
-    missing = [key for key in ("model", "optimizer", "epoch", "frame") if not isinstance(state, dict) or key not in state]
-    if missing:
-        raise UserError(f"{path} is not a checkpoint of train_ppo.py or of rl_games' PPO: it lacks {', '.join(missing)}")
-    if "args" not in state:
-        return from_rl_games(state, path)
-    if state.get("format_version", 0) > FORMAT_VERSION:
-        raise UserError(f"{path} was written by a newer train_ppo.py (format {state['format_version']} > {FORMAT_VERSION}): update this file")
+    """Read a checkpoint to the CPU, without running code from it. UserError if it is no good."""
+    with reading(path), open(path, "rb") as file:
+        archive = zipfile.ZipFile(file)
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("it is compressed, which torch never does")
+        damaged = archive.testzip()  # torch.load ignores the checksums
+        if damaged:
+            raise ValueError(f"{damaged} does not match its checksum")
+        file.seek(0)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if "format_version" not in state:
+            raise UserError(f"{path} is not a checkpoint of train_ppo.py; {CONVERT.format(path)}")
+        if state["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format {state['format_version']} instead of {FORMAT_VERSION}")
+        for key, kind in KINDS.items():
+            if type(state[key]) is not kind or state[key] != state[key]:  # the latter: nan
+                raise TypeError(f"{key} is {state[key]!r:.50}, not {kind.__name__}")
+        if not all(isinstance(entry, list) and len(entry) == 2 for entry in state["observers"]):
+            raise TypeError("observers is not a list of names and states")
     return state
 
 
-@functools.lru_cache(maxsize=None)  # once: torch would keep them again with each call
-def allow_numpy_scalars() -> None:
-    """rl_games keeps its best reward as a numpy number: let weights_only read those, by the names that numpy 1 and 2 give them."""
-
-    # torch compares the name in the file with the module and name that a function in its list says it has; the numpy that is
-    # installed says only one of the two, so there is one function for each
-    def renamed(module: str) -> Any:
-        def read(*args):
-            return scalar(*args)
-
-        read.__module__, read.__name__, read.__qualname__ = module, "scalar", "scalar"
-        return read
-
-    scalar = np.float32(0).__reduce__()[0]
-    torch.serialization.add_safe_globals([
-        renamed("numpy.core.multiarray"), renamed("numpy._core.multiarray"), codecs.encode, np.dtype,
-        *(type(np.dtype(name)) for name in ("float32", "float64", "int64"))])
-
-
-def from_rl_games(state: Dict[str, Any], path: str) -> Dict[str, Any]:
-    """A checkpoint of rl_games 1.x (a2c_continuous with continuous_a2c_logstd) as one of ours; layer sizes are read from its weights."""
-    model = {key.replace("_orig_mod.", "", 1): value for key, value in state["model"].items()}  # the prefix of torch.compile
-    try:
-        num_acts, num_obs = len(model["a2c_network.sigma"]), model["a2c_network.actor_mlp.0.weight"].shape[1]
-        units = [len(bias) for key, bias in model.items() if re.fullmatch(r"a2c_network\.actor_mlp\.\d+\.bias", key)]
-        sizes = dict(units=units, separate="a2c_network.critic_mlp.0.weight" in model,
-                     normalize_input="running_mean_std.count" in model, normalize_value="value_mean_std.count" in model)
-        known = ActorCritic(num_obs, num_acts, **sizes).state_dict()
-        odd = sorted(set(model) ^ set(known)) + sorted({"assymetric_vf_nets", "running_mean_std"} & set(state))
-    except (KeyError, AttributeError) as exc:
-        odd = [str(exc).strip("'")]
-    if odd:
-        raise UserError(f"{path} is of an rl_games network that this file does not have (it takes a2c_continuous with "
-                        f"continuous_a2c_logstd, an MLP and a fixed sigma): {', '.join(odd[:3])}")
-    best = float(state.get("last_mean_rewards", -math.inf))
-    return {
-        "model": model, "optimizer": state["optimizer"], "epoch": state["epoch"], "frame": state["frame"],
-        # -100500 and -1000000000 are what rl_games starts from
-        "last_mean_rewards": best if best > -100500 else -math.inf, "env_state": state.get("env_state"),
-        "args": sizes, "num_obs": num_obs, "num_acts": num_acts, "lr": state["optimizer"]["param_groups"][0]["lr"],
-        # what it does not keep
-        "best_epoch": 0, "total_time": 0.0, "clip_obs": None, "observers": {}, **new_episodes(),
-    }
-
-
-def new_episodes() -> Dict[str, Any]:
-    """For a state that does not hold where its environments were: they start anew, and so does the window of episodes."""
-    return {"obs": torch.zeros(0), "finished": {"rows": torch.zeros(0, 3), "count": 0}}
-
-
-def periodic_names(names: Iterable[str]) -> List[str]:
-    """Those of the names that are epoch_<N>.pth, by N."""
-    return sorted((name for name in names if re.fullmatch(r"epoch_\d+\.pth", name)), key=lambda name: int(name[6:-4]))
-
-
-def find_checkpoint(path: str, quiet: bool = False) -> Tuple[str, Dict[str, Any]]:
-    """(file, state) for what --checkpoint or --init-from names: a file, or a run folder's readable one with the highest epoch."""
-    if not os.path.exists(path):
-        raise UserError(f"--checkpoint {path} does not exist: give a .pth file or a run folder such as runs/Cartpole_...")
+def find_checkpoint(path: str) -> Tuple[str, Dict[str, Any]]:
+    """(file, content) of a file, or of a run folder's readable file with the highest epoch."""
     if not os.path.isdir(path):
         return path, load_checkpoint(path)
-    folder, found = os.path.join(path, "nn"), []
-    names = set(map(os.path.basename, glob.glob(os.path.join(glob.escape(folder), "*.pth"))))
-    periodic = periodic_names(names)
-    for name in sorted(names.difference(periodic)) + periodic[::-1]:
+    found, folder = [], os.path.join(path, "nn")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    numbers = {name: re.fullmatch(r"epoch_(\d+)\.pth", name) for name in names}
+    numbered = sorted((-int(match.group(1)), name) for name, match in numbers.items() if match)
+    for name in ("last.pth", "best.pth", *(name for _, name in numbered)):
         try:
-            found.append((os.path.join(folder, name), load_checkpoint(os.path.join(folder, name))))
-            if name in periodic:
-                break  # the rest is older
+            if name in names:
+                file = os.path.join(folder, name)
+                found.append((file, load_checkpoint(file)))
+                if numbers[name]:
+                    break  # the others are older
         except UserError as exc:
-            if not quiet:
-                warn(f"{exc}: skipped")
+            warn(f"{exc}: skipped")
     if not found:
-        raise UserError(f"{path} has no readable checkpoint (looked for {os.path.join(folder, '*.pth')})")
-    return max(found, key=lambda item: (item[1]["epoch"], os.path.basename(item[0]) == "last.pth"))
-
-
-def get_rng_state(device: torch.device) -> Dict[str, Any]:
-    """State of every random generator an env or the policy may draw from, as tensors and numbers."""
-    version, keys, gauss = random.getstate()
-    name, np_keys, *np_rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "python": [version, torch.from_numpy(np.array(keys)), gauss],
-        "numpy": [name, torch.from_numpy(np_keys.astype(np.int64)), *np_rest],
-    }
-
-
-def set_rng_state(state: Dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys.tolist()), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-
-
-def plain(value: Any) -> Any:
-    """A copy of `value` as tensors, numbers, strings, lists and dicts, the only things that a checkpoint may hold."""
-    if isinstance(value, Tensor):
-        return value.clone()  # under no_grad: without its history
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return torch.tensor(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
-
-
-# ======================================================================================================================
-# 7  PPO, with rl_games' details
-#
-#     Schulman et al. 2017      Proximal policy optimization algorithms                        https://arxiv.org/abs/1707.06347
-#     Schulman et al. 2015      High-dimensional continuous control using GAE                  https://arxiv.org/abs/1506.02438
-#     Pardo et al. 2018         Time limits in reinforcement learning                          https://arxiv.org/abs/1712.00378
-#     Andrychowicz et al. 2020  What matters in on-policy reinforcement learning?              https://arxiv.org/abs/2006.05990
-#     Huang et al. 2022         The 37 implementation details of PPO                           (ICLR blog track)
-#     Makoviychuk et al. 2021   Isaac Gym: thousands of envs on one GPU, short rollouts        https://arxiv.org/abs/2108.10470
-#     Rudin et al. 2021         Learning to walk in minutes: what to tune with so many envs    https://arxiv.org/abs/2109.11978
-# ======================================================================================================================
-
-
-@torch.no_grad()
-def gae(rewards: Tensor, values: Tensor, dones: Tensor, last_value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimation (Schulman et al. 2015, eq. 16): three (T, E) and the (E,) value after them -> (T, E).
-
-    dones[t], 0.0 or 1.0: the episode ended with step t, so nothing after it counts. If it was the clock that ended it, what it was
-    still worth is in rewards[t] by now (PPOAgent.make_batch).
-    """
-    advantages = torch.empty_like(rewards)
-    advantage, next_value = torch.zeros_like(last_value), last_value
-    for t in reversed(range(len(rewards))):
-        alive = 1.0 - dones[t]
-        delta = rewards[t] + gamma * alive * next_value - values[t]
-        advantages[t] = advantage = delta + gamma * gae_lambda * alive * advantage
-        next_value = values[t]
-    return advantages
-
-
-class Batch(NamedTuple):
-    """A rollout, or a minibatch of it, as the update sees it."""
-
-    obs: Tensor  # (n, O) as the env gave them
-    actions: Tensor  # (n, A) as sampled, before clipping
-    logprobs: Tensor  # (n,) under the policy that acted
-    advantages: Tensor  # (n,) normalised
-    values: Tensor  # (n,) predicted during the rollout, normalised anew
-    returns: Tensor  # (n,) normalised
-    mus: Tensor  # (n, A) mean actions when these rows were last passed over: at first those of the policy that acted
-    sigmas: Tensor  # (n, A) and the standard deviations then
-
-
-# what ppo_loss returns last, in its order, by the names in the log
-LOSSES = dict(a_loss="the policy loss", c_loss="the value loss", entropy="the entropy", bounds_loss="the bounds loss", clipfrac="the clip fraction")
-
-
-def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> loss (), the new mean actions (n, A) and log std (n, A), and LOSSES as one tensor (5,)."""
-    mu, logstd, value = model(model.norm_obs(batch.obs))
-    mu, value = mu.float(), value.float()  # of bfloat16 under mixed_precision: ratios near 1 need all their digits
-    # Schulman et al. 2017, eq. 7: once the ratio has left the clip range in the direction that pays, its gradient is zero, so several
-    # passes over one batch cannot run off with the policy. The min keeps the gradient that leads back.
-    ratio = (log_prob(batch.actions, mu, logstd) - batch.logprobs).exp()
-    clipped = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
-    policy_loss = -torch.min(batch.advantages * ratio, batch.advantages * clipped).mean()
-
-    # kept within clip_coef (in normalised units) of the old prediction: rl_games and the original code do it, Andrychowicz et al. 2020
-    # found that it does not help
-    value_loss = (value - batch.returns).square()
-    if args.clip_vloss:
-        value_clipped = batch.values + (value - batch.values).clamp(-args.clip_coef, args.clip_coef)
-        value_loss = torch.max(value_loss, (value_clipped - batch.returns).square())
-    value_loss = value_loss.mean()
-
-    entropy = (0.5 + 0.5 * math.log(2 * math.pi) + logstd).sum(-1).mean()
-    # actions are clipped to [-1, 1] on their way to the env: a mean action far outside changes nothing any more, so nothing else would
-    # bring it back. Up to 1.1 is free (rl_games' soft_bound).
-    bounds_loss = (mu.abs() - 1.1).clamp(min=0.0).square().sum(-1).mean()
-
-    loss = policy_loss + 0.5 * args.vf_coef * value_loss - args.ent_coef * entropy + args.bounds_loss_coef * bounds_loss
-    clipfrac = (ratio != clipped).float().mean()
-    return loss, mu.detach(), logstd.detach(), torch.stack((policy_loss, value_loss, entropy, bounds_loss, clipfrac)).detach()
-
-
-def policy_kl(mu: Tensor, sigma: Tensor, old_mu: Tensor, old_sigma: Tensor) -> Tensor:
-    """KL(new || old) of two diagonal Gaussians, mean over the batch, with the 1e-5 that rl_games adds; four (n, A) -> ()."""
-    log_ratio = (old_sigma / sigma + 1e-5).log()
-    distance = (sigma.square() + (mu - old_mu).square()) / (2.0 * (old_sigma.square() + 1e-5))
-    return (log_ratio + distance - 0.5).sum(-1).mean()
-
-
-def next_lr(lr: Tensor, kl: Tensor, epoch: int, args: Args) -> Tensor:
-    """The learning rate that follows lr (), by rl_games' schedules; tensors, so that no step waits for the GPU."""
-    if args.lr_schedule == "adaptive":  # keep the KL divergence near its threshold
-        lr = torch.where(kl > 2.0 * args.kl_threshold, (lr / 1.5).clamp(min=args.min_lr), lr)
-        return torch.where(kl < 0.5 * args.kl_threshold, (lr * 1.5).clamp(max=args.max_lr), lr)
-    if args.lr_schedule == "linear":
-        return torch.full_like(lr, 1e-6 + (args.learning_rate - 1e-6) * max(0.0, 1.0 - epoch / args.max_epochs))
-    return lr
-
-
-def compiled(functions: List[Any], device: torch.device) -> List[Any]:
-    """The same functions, compiled; unchanged, with one warning, where there is no compiler."""
-    try:
-        torch.compile(lambda x: x.exp() + 1.0)(torch.ones(8, device=device))
-    except Exception as exc:
-        warn(f"--compile: torch.compile does not work here ({first_line(exc)}): going on without it")
-        return functions
-    return [torch.compile(f, mode="reduce-overhead" if device.type == "cuda" else "default") for f in functions]
-
-
-class PPOAgent:
-    """Owns model, optimizer, rollout buffers and counters; `train` is the loop. What observers may read is rl_games' by name."""
-
-    def __init__(self, args: Args, env, observer: AlgoObserver, writer: SummaryWriter, config: Dict[str, Any]):
-        self.args, self.env, self.algo_observer, self.writer, self.config = args, env, observer, writer, config
-        self.device = self.ppo_device = pick_device(args.device)
-        if args.mixed_precision and self.device.type != "cuda":
-            log("--mixed-precision does nothing on a CPU, as in rl_games")
-        self.nn_dir = os.path.join(config["run_dir"], "nn")  # of checkpoints, by rl_games' name
-        self.games_to_track, self.num_agents, self.args_dict = args.games_to_track, 1, plain(asdict(args))
-        self.epoch_num, self.frame, self.total_time = 0, 0, 0.0
-        self.mean_rewards, self.last_mean_rewards, self.best_epoch = -math.inf, -math.inf, 0  # last_mean_rewards: the best so far
-        self.stop_signal = 0  # set by Runner's signal handler: leave after this epoch
-        self.stop_reason = "error"  # until train() returns
-        self.games = 0.0  # finished episodes that mean_rewards is over: games_to_track, once there are so many
-
-        self.model = make_model(args, env.num_obs, env.num_acts).to(self.device)
-        for tensor in self.model.state_dict().values() if WORLD_SIZE > 1 else ():
-            together(dist.broadcast, tensor, 0)  # each process has a seed of its own
-        self.lr = torch.tensor(args.learning_rate, device=self.device)
-        self.act, self.gae, self.ppo_loss = self.model.act, gae, ppo_loss
-        if args.compile:
-            self.act, self.gae, self.ppo_loss = compiled([self.act, self.gae, self.ppo_loss], self.device)
-        # fused: one kernel, and it takes the learning rate as a tensor
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr, eps=1e-8, fused=True)
-        self.epoch_frames = args.num_steps * env.num_envs * WORLD_SIZE
-        self.minibatch_size = min(args.minibatch_size, args.num_envs * args.num_steps)
-
-        # many envs, few steps each: a rollout is as large as with one env and long episodes, but comes in a fraction of the time
-        # (Makoviychuk et al. 2021, Rudin et al. 2021); what lies beyond its T steps is the value function's to say
-        T, E, O, A = args.num_steps, env.num_envs, env.num_obs, env.num_acts
-        self.buffer = {name: torch.zeros(T, E, *shape, device=self.device) for name, shape in dict(
-            obs=(O,), actions=(A,), mus=(A,), logprobs=(), values=(), rewards=(), dones=(), time_outs=()).items()}
-        self.episodes = EpisodeMeter(E, args.games_to_track, 3, self.device)  # returns, shaped returns and lengths
-        self.obs = env.reset()["obs"].to(self.device)
-        self.dones = torch.zeros(E, dtype=torch.bool, device=self.device)
-        self.has_time_outs = self.warned_time_outs = self.warned_save = False
-        self.last_save = self.last_best_save = time.monotonic()
-        self.best_state: Optional[Dict[str, Any]] = None  # a new best that is not on disk yet
-        observer.after_init(self)
-
-    @torch.no_grad()
-    def rollout(self) -> float:
-        """Fill the buffers with T steps of every env. Returns the seconds spent in env.step.
-
-        The env may return the same tensors every step and overwrite them in place: what is kept is copied, nothing is written to
-        (self.obs may be the env's own: it is used up before the next step).
-        """
-        buffer, env_seconds = self.buffer, 0.0
-        for t in range(self.args.num_steps):
-            action, logprob, value, mu = self.act(self.obs, torch.randn_like(buffer["actions"][t]))
-            for name, x in (("obs", self.obs), ("actions", action), ("logprobs", logprob), ("values", value), ("mus", mu)):
-                buffer[name][t] = x
-
-            start = time.perf_counter()
-            obs, reward, done, infos = self.env.step(action.clamp(-1.0, 1.0) if self.args.clip_actions else action)
-            env_seconds += time.perf_counter() - start
-
-            self.obs = obs["obs"].to(self.device)
-            buffer["rewards"][t] = reward
-            buffer["dones"][t] = done
-            buffer["time_outs"][t] = infos.get("time_outs", 0.0)
-            self.has_time_outs |= "time_outs" in infos
-            self.dones = buffer["dones"][t].bool()
-            done_indices = self.dones.nonzero() if self.algo_observer.needs_done_indices else None
-            self.algo_observer.process_infos(infos, done_indices)
-        return env_seconds
-
-    @torch.no_grad()
-    def make_batch(self) -> Tuple[Batch, Tensor]:
-        """What there is to learn from the buffers, as (N, ...) rows by env, and (2,) figures: explained variance, longest episode."""
-        args, model, buffer = self.args, self.model, self.buffer
-        shaped = args.reward_scale * buffer["rewards"]
-        if args.value_bootstrap:
-            # An episode cut by the clock has a future (Pardo et al. 2018). V(s_{t+1}) would be the exact thing to add, but some tasks
-            # return the next episode's first observation there, so, like rl_games, take V(s_t): one step off, but never of another episode.
-            shaped = shaped + args.gamma * buffer["values"] * buffer["time_outs"]
-        returns = buffer["values"] + self.gae(shaped, buffer["values"], buffer["dones"], model.value(self.obs), args.gamma, args.gae_lambda)
-        sums = self.episodes.add_rollout(buffer["rewards"], shaped, torch.ones_like(shaped), dones=buffer["dones"])
-        longest = (sums[..., 2] * buffer["dones"]).max()
-        del sums  # as large as the rollout is
-
-        def flat(x: Tensor) -> Tensor:  # (T, E, ...) -> (N, ...) by env: with thousands of envs minibatches need no shuffling
-            return x.transpose(0, 1).flatten(0, 1)
-
-        obs, values, returns = flat(buffer["obs"]), flat(buffer["values"]), flat(returns)
-        advantages = returns - values  # not what gae gave: like this rounding is rl_games' as well
-        explained_variance = 1.0 - (returns - values).var() / returns.var().clamp(min=1e-8)
-        # The old values are taken in, and normalised, before the returns are, as rl_games does it.
-        if args.normalize_value:
-            model.value_mean_std.update(values.unsqueeze(1))
-        values = model.norm_value(values)
-        if args.normalize_value:
-            model.value_mean_std.update(returns.unsqueeze(1))
-        returns = model.norm_value(returns)
-        # over the whole rollout (Huang et al. 2022, detail 7: each minibatch): the step size then does not depend on the reward's scale
-        if args.norm_adv:
-            mean, var = mean_and_var(advantages)
-            advantages = (advantages - mean) / (var.sqrt() + 1e-8)
-        mus = flat(buffer["mus"])
-        sigmas = model.a2c_network.sigma.exp().expand_as(mus).clone()
-        batch = Batch(obs, flat(buffer["actions"]), flat(buffer["logprobs"]), advantages, values, returns, mus, sigmas)
-        return batch, torch.stack((explained_variance, longest))
-
-    def update(self) -> Dict[str, float]:
-        """update_epochs passes of minibatch gradient steps over what the buffers hold. Returns the epoch's figures."""
-        args, model = self.args, self.model
-        self.check_rollout()
-        batch, about_batch = self.make_batch()
-        minibatches = [Batch(*rows) for rows in zip(*(x.split(self.minibatch_size) for x in batch))]
-        figures = torch.zeros(len(LOSSES) + 1, device=self.device)  # sums of LOSSES and of the KL divergence
-        for update_epoch in range(args.update_epochs):
-            pass_kl = torch.zeros((), device=self.device)
-            for part in minibatches:
-                # The statistics of the observations move in the first pass, each minibatch before it is normalised with them, and then
-                # rest until the next epoch.
-                if args.normalize_input and update_epoch == 0:
-                    model.running_mean_std.update(part.obs)
-                with torch.autocast("cuda", torch.bfloat16, enabled=args.mixed_precision and self.device.type == "cuda"):
-                    loss, mu, logstd, losses = self.ppo_loss(model, part, args)
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                # How far the policy has moved since these rows were last passed over, before this step.
-                kl = policy_kl(mu, logstd.exp(), part.mus, part.sigmas)
-                part.mus.copy_(mu)
-                part.sigmas.copy_(logstd.exp())
-                if WORLD_SIZE > 1:  # the processes' mean gradient and KL divergence, in one message
-                    gradients = [p.grad for p in model.parameters()]
-                    message = average(torch.cat([kl.view(1), *(g.flatten() for g in gradients)]))
-                    kl = message[0]
-                    nn.utils.vector_to_parameters(message[1:], gradients)
-                if args.max_grad_norm > 0:
-                    nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                self.optimizer.step()
-                pass_kl += kl / len(minibatches)
-                figures += torch.cat((losses, kl.view(1)))
-                if args.schedule_type == "legacy":
-                    self.lr.copy_(next_lr(self.lr, kl, self.epoch_num, args))
-            if args.schedule_type == "standard":
-                self.lr.copy_(next_lr(self.lr, pass_kl, self.epoch_num, args))
-
-        return self.fetch(figures / (args.update_epochs * len(minibatches)), about_batch)
-
-    def fetch(self, about_passes: Tensor, about_batch: Tensor) -> Dict[str, float]:
-        """All figures of the epoch in one transfer from the device, averaged over the processes, by name. Stops the run if one is NaN or
-        Inf, and sets mean_rewards."""
-        weights = torch.stack([p.detach().sum() for p in self.model.parameters()]).sum()  # NaN or Inf if any of them is
-        window = self.episodes.finished.rows
-        finished = torch.full((1,), float(len(window)), device=self.device)
-        means = average(torch.cat((about_passes, about_batch, torch.stack((self.lr, weights)), window.sum(0), finished)))
-        names = (*LOSSES, "kl", "explained_variance", "longest", "lr", "weights", "reward", "shaped_reward", "length", "finished")
-        figures = dict(zip(names, means.tolist()))
-        for name, what in {**LOSSES, "kl": "the KL divergence", "weights": "the weights"}.items():
-            if not math.isfinite(figures[name]):
-                self.stop_for_bad_numbers(what)
-        for name in ("reward", "shaped_reward", "length"):
-            figures[name] /= max(figures["finished"], 1.0)
-        if figures["finished"]:
-            self.mean_rewards, self.games = figures["reward"], figures["finished"]
-        return figures
-
-    def train(self) -> None:
-        """The loop: until max_epochs or a stop signal. Everything that is logged or saved happens at the end of an epoch."""
-        args, first, began, stop_signal = self.args, self.epoch_num, time.perf_counter(), 0
-        # a live line on a terminal; in a pipe or a file (disable=None) plain lines
-        bar = tqdm(total=args.max_epochs, disable=None, file=sys.stdout, dynamic_ncols=True, bar_format="{desc}")
-        while self.epoch_num < args.max_epochs and not stop_signal:
-            self.epoch_num += 1
-            start = time.perf_counter()
-            if hasattr(self.env, "set_train_info"):
-                self.env.set_train_info(self.frame, self)
-            step_time = self.rollout()
-            play_time = time.perf_counter() - start
-            self.algo_observer.after_steps()
-            figures = self.update()
-            epoch_time = time.perf_counter() - start
-            self.total_time += epoch_time
-            self.frame += self.epoch_frames
-
-            minutes = (time.monotonic() - self.last_save) / 60
-            stop_signal, overdue = self.agree(self.stop_signal, 0 < args.save_every_minutes < minutes)
-            if RANK == 0:
-                self.write_stats(figures, step_time, play_time, epoch_time)
-            self.save_checkpoints(bool(overdue))
-            if RANK == 0:
-                left = (time.perf_counter() - began) / (self.epoch_num - first) * (args.max_epochs - self.epoch_num)
-                line = self.epoch_line(figures, left, (step_time, play_time, epoch_time))
-                print(line, flush=True) if bar.disable else bar.set_description_str(line)
-        bar.close()
-        self.stop_signal = stop_signal
-        self.stop_reason = signal.Signals(stop_signal).name if stop_signal else f"--max-epochs {args.max_epochs} reached"
-
-    def agree(self, *numbers: int) -> List[int]:
-        """The largest of each over all processes: what one wants - to stop, to save - all do after the same epoch."""
-        if WORLD_SIZE == 1:
-            return list(numbers)
-        agreed = torch.tensor(numbers, device=self.device)
-        together(dist.all_reduce, agreed, dist.ReduceOp.MAX)
-        return agreed.tolist()
-
-    def epoch_line(self, figures: Dict[str, float], left: float, times: Tuple[float, ...]) -> str:
-        """One epoch for the console, the most important first: a narrow terminal cuts off the rest."""
-        fps = "/".join(f"{self.epoch_frames / max(t, 1e-9) / 1000:.0f}k" for t in times)
-        episodes = f"reward {figures['reward']:.2f} length {figures['length']:.1f}" if figures["finished"] else "no episode finished yet"
-        return (f"epoch {self.epoch_num}/{self.args.max_epochs} left {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d} "
-                f"{episodes} lr {figures['lr']:.1e} fps {fps} frames {self.frame:,}")
-
-    def write_stats(self, figures: Dict[str, float], step_time: float, play_time: float, epoch_time: float) -> None:
-        """Give the epoch's metrics, by rl_games' names, to the writer, and then the observers their turn."""
-        write, frame, frames = self.writer.add_scalar, self.frame, self.epoch_frames
-        for name, value in dict(
-            step_inference_rl_update_fps=frames / epoch_time, step_inference_fps=frames / play_time, step_fps=frames / max(step_time, 1e-9),
-            rl_update_time=epoch_time - play_time, step_inference_time=play_time, step_time=step_time).items():
-            write("performance/" + name, value, frame)
-        for name in (*LOSSES, "explained_variance"):
-            write("losses/" + name, figures[name], frame)
-        for name, value in dict(last_lr=figures["lr"], lr_mul=1.0, e_clip=self.args.clip_coef, kl=figures["kl"], epochs=self.epoch_num).items():
-            write("info/" + name, value, frame)
-        if figures["finished"]:
-            for tag, name in (("rewards", "reward"), ("shaped_rewards", "shaped_reward"), ("episode_lengths", "length")):
-                for axis, step in (("step", frame), ("iter", self.epoch_num), ("time", self.total_time)):
-                    write(f"{tag}/{axis}", figures[name], step)
-        limit = float(getattr(self.env, "max_episode_length", math.inf))
-        if not self.has_time_outs and figures["longest"] >= limit - 1 and not self.warned_time_outs:
-            self.warned_time_outs = True
-            warn(f"episodes end at max_episode_length ({limit:.0f}) but the env gives no infos['time_outs']: the clock is taken for failure")
-        self.algo_observer.after_print_stats(frame, self.epoch_num, self.total_time)
-        self.writer.end_epoch()
-
-    def check_rollout(self) -> None:
-        """A batch with NaN or Inf in it never reaches the weights, nor a checkpoint: name what went bad first, and stop."""
-        named = {"observations": "obs", "mean actions": "mus", "actions": "actions", "values": "values", "rewards": "rewards"}
-        good = torch.stack([self.obs.sum(), *(self.buffer[name].sum() for name in named.values())]).isfinite().all()
-        if average(good.float()) == 1.0:  # the epoch's other wait for the device
-            return
-        bad = ~torch.stack([self.buffer[name].unsqueeze(-1).flatten(2).isfinite().all(-1) for name in named.values()], dim=1)  # (T, 5, E)
-        bad = torch.cat((bad, torch.zeros_like(bad[:1])))
-        bad[-1, 0] = ~self.obs.isfinite().all(-1)  # the observations that follow the rollout: their value is in the advantages
-        if average(bad.any().float()) == 0.0:
-            return  # only a sum was too large
-        if not bad.any():
-            raise TrainingError(f"NaN or Inf in another process, which says more: process {RANK} stopped too, epoch {self.epoch_num}")
-        step, what = bad.any(-1).nonzero()[0].tolist()  # the first one
-        name, envs = list(named)[what], int(bad[step, what].sum())
-        self.stop_for_bad_numbers(f"{name} of {envs} of {self.env.num_envs} envs at step {step + 1} of the rollout")
-
-    def stop_for_bad_numbers(self, what: str) -> None:
-        path = os.path.join(self.config["run_dir"], f"nan_dump{f'_{RANK}' if RANK else ''}.pth")
-        kept = "nothing of this epoch was saved"
-        with contextlib.suppress(OSError):
-            save_checkpoint({**self.get_full_state_weights(gather=False), "buffer": self.buffer, "what": what}, path)
-            kept += f" but {path}, to look into"
-        raise TrainingError(f"NaN or Inf in {what}, epoch {self.epoch_num}: stopped; {kept}")
-
-    def save_checkpoints(self, overdue: bool) -> None:
-        """best.pth at each new best mean reward over a full window, from epoch save_best_after on; epoch_<N>.pth every save_frequency
-        epochs; last.pth if no file was written for save_every_minutes."""
-        args, state = self.args, None
-        full_window = self.games == args.games_to_track
-        if full_window and self.epoch_num >= args.save_best_after and self.mean_rewards > self.last_mean_rewards:
-            self.last_mean_rewards, self.best_epoch = self.mean_rewards, self.epoch_num
-            state = self.best_state = self.get_full_state_weights()
-        periodic = bool(args.save_frequency) and self.epoch_num % args.save_frequency == 0
-        # A run with epochs of milliseconds may find a new best in each: it waits in memory, at most five seconds, and always goes to
-        # disk before a file that knows of it.
-        if periodic or overdue or time.monotonic() - self.last_best_save > 5.0:
-            self.save_best()
-        if periodic:
-            self.save(f"epoch_{self.epoch_num}.pth", state)
-            if args.keep_last and RANK == 0:
-                for name in periodic_names(os.listdir(self.nn_dir))[:-args.keep_last]:
-                    with contextlib.suppress(OSError):
-                        os.remove(os.path.join(self.nn_dir, name))
-        elif overdue:
-            self.save("last.pth")
-
-    def save_best(self) -> None:
-        if self.best_state is not None and self.save("best.pth", self.best_state):
-            self.best_state, self.last_best_save = None, time.monotonic()
-
-    def save(self, name: str, state: Optional[Dict[str, Any]] = None, final: bool = False) -> bool:
-        """Save, or say why not: while training goes on there is a next time, at the end there is none. For all processes to call."""
-        path, state = os.path.join(self.nn_dir, name), state or self.get_full_state_weights()
-        if RANK != 0:
-            return True
-        with contextlib.suppress(Exception):  # a writer that fails is reported where it writes
-            self.writer.flush()  # the curve on disk is never behind the checkpoint
-        try:
-            save_checkpoint(state, path)
-            self.last_save, self.warned_save = time.monotonic(), False
-        except OSError as exc:
-            if final:
-                raise TrainingError(f"{path} cannot be written ({exc.strerror or exc}): the weights of epoch {self.epoch_num} are not on disk")
-            if not self.warned_save:
-                warn(f"{path} cannot be written ({exc.strerror or exc}); training goes on, the next save will try again")
-            self.warned_save = True
-        return not self.warned_save
-
-    @torch.no_grad()
-    def get_full_state_weights(self, gather: bool = True) -> Dict[str, Any]:
-        """Everything that the run is, copied, as plain tensors, numbers, strings, lists and dicts. For all processes to call."""
-        own = plain({  # what each process has for itself
-            "env_state": self.env.get_env_state() if hasattr(self.env, "get_env_state") else None, "obs": self.obs, "dones": self.dones,
-            "running": self.episodes.running, "finished": self.episodes.finished.state_dict(), "rng": get_rng_state(self.device),
-        })
-        everyones: List[Any] = [None] * WORLD_SIZE
-        if WORLD_SIZE > 1 and gather:
-            together(dist.gather_object, own, everyones if RANK == 0 else None)
-        optimizer = self.optimizer.state_dict()
-        optimizer["param_groups"] = [{**group, "lr": float(self.lr), "fused": None} for group in optimizer["param_groups"]]  # as rl_games has it
-        return {**plain({
-            "model": dict(self.model.state_dict()), "optimizer": optimizer, "epoch": self.epoch_num, "frame": self.frame,
-            "last_mean_rewards": self.last_mean_rewards,  # rl_games' keys are these and, in own, env_state
-            "format_version": FORMAT_VERSION, "num_obs": self.env.num_obs, "num_acts": self.env.num_acts,
-            "clip_obs": float(getattr(self.env, "clip_obs", math.inf)), "lr": self.lr, "best_epoch": self.best_epoch,
-            "total_time": self.total_time, "wandb_run_id": self.config["wandb_run_id"], "observers": self.algo_observer.state_dict(),
-        }), **own, "args": self.args_dict, "other_processes": everyones[1:]}
-
-    def set_full_state_weights(self, state: Dict[str, Any]) -> bool:
-        """Continue from `state`. True if exactly, False if the env had to start new episodes."""
-        others = state.get("other_processes", [])
-        if RANK > 0:
-            state = {**state, **(others[RANK - 1] if RANK <= len(others) else new_episodes())}
-        self.model.load_state_dict(state["model"])
-        ours = {"lr": self.lr, "fused": True, "foreach": None, "capturable": False}  # how a step is computed, not what it computes
-        groups = [{**group, **ours} for group in state["optimizer"]["param_groups"]]
-        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
-        if state["args"].get("learning_rate") in (None, self.args.learning_rate):  # else the user gave a new one: it wins
-            self.lr.fill_(float(state["lr"]))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
-        self.epoch_num, self.frame, self.total_time = state["epoch"], state["frame"], state["total_time"]
-        self.last_mean_rewards, self.best_epoch = state["last_mean_rewards"], state["best_epoch"]
-        self.episodes.finished.load_state_dict(state["finished"])
-        self.algo_observer.load_state_dict(state["observers"])
-        whole = getattr(self.env, "exact_state", False)  # else env_state is what fits any number of envs, as an Isaac Gym task's curriculum
-        exact = whole and state["obs"].shape == self.obs.shape
-        if state["env_state"] is not None and hasattr(self.env, "set_env_state") and (exact or not whole):
-            self.env.set_env_state(state["env_state"])
-        if exact:
-            self.obs, self.dones = state["obs"].to(self.device), state["dones"].to(self.device)
-            self.episodes.running.copy_(state["running"])
-            set_rng_state(state["rng"], self.device)
-        if len(others) + 1 != WORLD_SIZE:
-            log(f"number of processes: saved by {len(others) + 1}, continued by {WORLD_SIZE}; one without a saved state starts new episodes")
-        return exact and len(others) + 1 == WORLD_SIZE
-
-
-# ======================================================================================================================
-# 8  PLAY, EXPORT
-# ======================================================================================================================
-
-
-@torch.no_grad()
-def play(args: Args, env, path: str, state: Dict[str, Any]) -> Dict[str, float]:
-    """Evaluate a checkpoint: mean, std, min and max return of the same number of episodes from every env.
-
-    A quota per env, because taking the first episodes to finish, from whichever env, would favour the short ones.
-    """
-    device = pick_device(args.device)
-    model = make_model(args, env.num_obs, env.num_acts, state).to(device)
-    quota = math.ceil((args.games or env.num_envs) / env.num_envs)
-    returns = torch.zeros(quota + 1, env.num_envs, device=device)  # row: episode of that env; the last row takes what comes after
-    lengths, episode = torch.zeros_like(returns), torch.zeros(env.num_envs, dtype=torch.long, device=device)
-    envs = torch.arange(env.num_envs, device=device)
-    obs = env.reset()["obs"].to(device)
-    if args.capture_video:
-        folder = os.path.dirname(path)
-        folder = os.path.dirname(folder) if os.path.basename(folder) == "nn" else folder  # the run's
-        env.start(os.path.join(folder, "videos", f"play_epoch_{state['epoch']}.gif"))
-    while int(episode.min()) < quota:
-        noise = torch.randn(env.num_envs, env.num_acts, device=device) * args.stochastic
-        action = model.act(obs, noise)[0]
-        obs, reward, done, _ = env.step(action.clamp(-1.0, 1.0) if args.clip_actions else action)
-        obs = obs["obs"].to(device)
-        returns[episode, envs] += reward
-        lengths[episode, envs] += 1
-        episode = (episode + done.long()).clamp(max=quota)
-    returns, lengths = returns[:quota].flatten(), lengths[:quota].flatten()
-    if args.capture_video:
-        env.write()
-    result = {"mean": returns.mean().item(), "std": returns.std(unbiased=False).item(), "min": returns.min().item(), "max": returns.max().item(),
-              "length": lengths.mean().item(), "count": len(returns)}
-    log("reward mean {mean:.2f} std {std:.2f} min {min:.2f} max {max:.2f}, mean length {length:.1f}, {count} episodes".format(**result)
-        + f" ({quota} from each of {env.num_envs} envs, {'sampled' if args.stochastic else 'deterministic'} actions)")
-    return result
-
-
-class ExportedPolicy(nn.Module):
-    """What a robot runs: raw observations (n, O) -> deterministic actions (n, A), as in training with the env's own clipping of both."""
-
-    def __init__(self, model: ActorCritic, clip_obs: Optional[float], clip_actions: bool):
-        super().__init__()
-        self.model, self.clip_obs, self.clip_actions = model, clip_obs, clip_actions
-
-    def forward(self, obs: Tensor) -> Tensor:
-        if self.clip_obs is not None:
-            obs = obs.clamp(-self.clip_obs, self.clip_obs)
-        mu = self.model(self.model.norm_obs(obs))[0]
-        return mu.clamp(-1.0, 1.0) if self.clip_actions else mu
-
-
-def export_policy(args: Args, path: str, state: Dict[str, Any]) -> Dict[str, Any]:
-    """Write policy.onnx, policy.pt and policy.json, and run both files against the checkpoint: none stays if they differ from it.
-
-    TorchScript, though torch now advises torch.export: it is the one format that LibTorch 2.4 and 2.13 both load without a compiler.
-    """
-    if os.path.isdir(args.export) and os.listdir(args.export) or os.path.isfile(args.export):
-        raise UserError(f"--export {args.export} exists already: give a new folder")
-    model = make_model(args, state["num_obs"], state["num_acts"], state).eval()
-    clip_obs = state.get("clip_obs") if state.get("clip_obs") != math.inf else None
-    policy = ExportedPolicy(model, clip_obs, args.clip_actions)
-    torch.manual_seed(0)
-    obs = torch.randn(1000, state["num_obs"]) * 10.0 ** torch.randint(-3, 7, (1000, 1))
-    obs[0], obs[1], obs[2] = 0.0, 3e38, -3e38
-    with torch.no_grad():
-        expected = policy(obs)
-    temporary = f"{os.path.normpath(args.export)}.{os.getpid()}.tmp"
-    try:
-        os.makedirs(temporary)
-        files = {name: os.path.join(temporary, name) for name in ("policy.pt", "policy.onnx", "policy.json")}
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of both ways out being called legacy
-            torch.jit.trace(policy, obs[:2]).save(files["policy.pt"])
-            outputs = {"policy.pt": [torch.jit.load(files["policy.pt"])(x) for x in (obs, obs[:1])]}
-            try:
-                import onnx  # noqa: F401
-                import onnxruntime
-            except ImportError as exc:
-                warn(f"policy.onnx is not written, {exc.name} is missing: pip install onnx onnxruntime")
-            else:
-                torch.onnx.export(policy, (obs[:2],), files["policy.onnx"], input_names=["obs"], output_names=["action"], opset_version=17,
-                                  dynamic_axes={"obs": {0: "batch"}, "action": {0: "batch"}}, dynamo=False)
-                session = onnxruntime.InferenceSession(files["policy.onnx"], providers=["CPUExecutionProvider"])
-                outputs["policy.onnx"] = [torch.from_numpy(session.run(None, {"obs": x.numpy()})[0]) for x in (obs, obs[:1])]
-        differences = {name: max(float((y - expected[:len(y)]).abs().max()) for y in ys) for name, ys in outputs.items()}
-        if not all(difference <= 1e-5 for difference in differences.values()):
-            raise TrainingError(f"the exported policy differs from {path} by {differences}: nothing was written")
-        about = {
-            "format_version": 1, "env_id": args.env_id, "checkpoint": os.path.abspath(path), "epoch": state["epoch"],
-            "mean_reward": state["last_mean_rewards"] if math.isfinite(state["last_mean_rewards"]) else None,
-            "input": {"name": "obs", "dtype": "float32", "shape": f"(batch, {state['num_obs']})", "size": state["num_obs"], "clip": clip_obs,
-                      "meaning": "raw observations: clipping and normalisation are inside"},
-            "output": {"name": "action", "dtype": "float32", "shape": f"(batch, {state['num_acts']})", "size": state["num_acts"],
-                       "clip": 1.0 if args.clip_actions else None,
-                       "meaning": "normalised mean action: the task's own action scale is not applied"},
-            "largest_difference": differences,
-        }
-        with open(files["policy.json"], "w") as file:
-            json.dump(about, file, indent=2)
-        os.replace(temporary, args.export)
-    except OSError as exc:
-        raise UserError(f"--export {args.export} cannot be written: {exc.strerror or exc}")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    if clip_obs is None:
-        log("no clipping of observations: the checkpoint does not say whether the env clips them (IsaacGymEnvs: clipObservations)")
-    log(f"exported {path}, epoch {state['epoch']}, to {args.export}: largest difference to it "
-        + ", ".join(f"{difference:.1e} ({name})" for name, difference in differences.items()) + f" on {len(obs)} observations")
-    return about
-
-
-# ======================================================================================================================
-# 9  RUNNER
-# ======================================================================================================================
+        raise UserError(f"{path} has no readable checkpoint in nn/")
+    return max(found, key=lambda item: item[1]["epoch"])
+
+
+# RUNNER ===========================================================================================
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: `main` prints it as one line and exits with 2."""
+
+
+class TrainingError(Exception):
+    """Training cannot go on, or its result is not on disk: one line, and exit code 1."""
+
+
+LIVE_LINE = False  # whether the terminal's last line is an epoch's, to be drawn over
+
+
+def log(message: str, stream=None, live: bool = False) -> None:
+    """Print, in the process of rank 0. A terminal that is gone, full or of another encoding must
+    not end training, so what cannot be printed is dropped."""
+    global LIVE_LINE
+    if RANK == 0:
+        # RuntimeError: a signal handler printed while something else was being printed.
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            if LIVE_LINE:
+                print("\r\x1b[K", end="", flush=True)
+            print(message, end="" if live else "\n", file=stream, flush=True)
+        LIVE_LINE = live
+
+
+def warn(message: str) -> None:
+    log(f"warning: {message}", sys.stderr)
+
+
+def show_epoch(parts: List[str]) -> None:
+    """An epoch's line: on a terminal drawn in place, without the last parts if it is too narrow."""
+    live = sys.stdout is not None and sys.stdout.isatty()
+    columns = shutil.get_terminal_size().columns if live else 10**6
+    while len(" ".join(parts)) >= columns and len(parts) > 1:
+        parts = parts[:-1]
+    log(" ".join(parts), live=live)
+
+
+def first_line(exc: BaseException) -> str:
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+
+
+def check_args(args: Args) -> None:
+    """UserError for values that make no sense."""
+    positive = "num_envs num_steps minibatch_size update_epochs max_epochs games_to_track".split()
+    for field in fields(Args):
+        value, least = getattr(args, field.name), int(field.name in positive)
+        any_sign = field.name in ("seed", "reward_scale", "sigma_init")
+        # Unlike value < least, the comparison also catches nan.
+        if field.type in (int, float) and not any_sign and not value >= least:
+            raise UserError(f"--{field.name.replace('_', '-')} must be >= {least}, not {value}")
+    if any(width < 1 for width in args.units):
+        raise UserError(f"--units must be positive, not {args.units}")
+    batch, size = args.num_envs * args.num_steps, args.minibatch_size
+    if (batch % min(size, batch) or min(size, batch) < 2) and not args.play:
+        what = f"num_envs x num_steps = {batch} samples cannot be split into minibatches of {size}"
+        raise UserError(f"{what}: choose a --minibatch-size that divides {batch}")
+    if args.play and (not args.checkpoint or WORLD_SIZE > 1):
+        raise UserError("--play needs --checkpoint PATH, and no torchrun")
+    if args.checkpoint and args.init_from:
+        raise UserError("--checkpoint continues, --init-from starts anew: give one of them")
+    if args.resume and not args.experiment:
+        raise UserError("--resume needs --experiment NAME")
+    if args.experiment and os.path.isdir(args.checkpoint) and not args.resume:
+        file = os.path.join(args.checkpoint, "nn", "last.pth")
+        raise UserError(f"a run folder continues under its own name; for a new run give {file}")
+    if os.path.basename(args.experiment) != args.experiment:
+        raise UserError(f"--experiment {args.experiment} must be a plain name; see --train-dir")
 
 
 def seed_everything(args: Args) -> None:
     seed = args.seed + RANK
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)  # the CPU's and every GPU's
+    torch.manual_seed(seed % 2**63)  # the CPU's generator and every GPU's
     if args.torch_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
 
-def make_run_dir(args: Args) -> str:
-    """A new folder <train_dir>/<experiment>, with _2, _3 ... appended if the name is taken."""
-    name = args.experiment or f"{re.sub(r'[^A-Za-z0-9_-]+', '_', args.env_id)}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    if os.path.basename(name) != name:
-        raise UserError(f"--experiment {name} must be a plain name; --train-dir says in which folder")
-    if os.path.exists(args.train_dir) and not os.path.isdir(args.train_dir):
-        raise UserError(f"--train-dir {args.train_dir} is not a folder")
-    for suffix in range(1, 10**6):
-        run_dir = os.path.join(args.train_dir, name if suffix == 1 else f"{name}_{suffix}")
-        try:
-            os.makedirs(args.train_dir, exist_ok=True)
-            os.mkdir(run_dir)  # atomic: of two processes one gets the name
-            os.mkdir(os.path.join(run_dir, "nn"))
-            return run_dir
-        except FileExistsError:
-            continue
-        except OSError as exc:
-            raise UserError(f"{run_dir} cannot be made: {exc.strerror or exc}")
-    raise UserError(f"no free name for {name} in {args.train_dir}")
-
-
-def describe_run(args: Args, run_dir: str, origin: Dict[str, Any]) -> Dict[str, Any]:
-    """What config.json says: all that is needed to run it again."""
-
-    def git(*command: str) -> str:
-        command = ("git", "-C", os.path.dirname(os.path.abspath(__file__)), *command)
-        try:
-            return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10).stdout.decode().strip()
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-
-    device = pick_device(args.device)
-    return {
-        "experiment": os.path.basename(run_dir), **origin, "args": asdict(args), "command": shlex.join([sys.executable, *sys.argv]),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "numpy": np.__version__},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
-        "git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-    }
-
-
-def open_run_dir(args: Args, path: str, state: Optional[Dict[str, Any]]) -> Tuple[Any, str, bool, Dict[str, str]]:
-    """-> lock, the folder to train in, whether the checkpoint's run goes on in it, and for config.json where a new one comes from.
-
-    Only the newest file of a run folder goes on in that folder; from an older one, or under a new name, a new run branches off, so that
-    neither a better best.pth nor later epochs are ever overwritten.
-    """
-    home = os.path.dirname(os.path.dirname(os.path.abspath(path)))
-    is_newest = lambda: find_checkpoint(home, quiet=True)[1]["epoch"] <= state["epoch"]  # noqa: E731
-    if (args.checkpoint and args.experiment == state["args"].get("experiment") and os.path.exists(os.path.join(home, "config.json"))
-            and (os.path.isdir(args.checkpoint) or is_newest())):
-        run_dir = os.path.relpath(home)
-        lock = claim_run_dir(run_dir)
-        if not is_newest():
-            raise UserError(f"{run_dir} was trained by another process until now: start again")
-        Writer.rewind(os.path.join(run_dir, "summaries"), state["epoch"])
-        return lock, run_dir, True, {}
-    origin = {} if state is None else {"branched_from" if args.checkpoint else "initialised_from": f"{path} (epoch {state['epoch']})"}
-    run_dir = make_run_dir(args)
-    lock = claim_run_dir(run_dir)
+def open_run_dir(args: Args, origin: str) -> Tuple[str, Any]:
+    """The folder to train in, and the lock that keeps others out while this process lives. A folder
+    given as --checkpoint continues; all else gets a new one, so that nothing is overwritten."""
+    run_dir = os.path.normpath(args.checkpoint or os.path.join(args.train_dir, args.experiment))
     try:
-        with open(os.path.join(run_dir, "config.json"), "w") as file:
-            json.dump(describe_run(args, run_dir, origin), file, indent=2)
+        if not os.path.isdir(args.checkpoint):
+            run_dir = make_run_dir(args, origin)
+        # O_NOFOLLOW: a link that someone put there must not lead to another file.
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        lock = open(os.open(os.path.join(run_dir, ".lock"), flags, 0o644))
+        with contextlib.suppress(ImportError):  # Windows
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for path in glob.glob(os.path.join(glob.escape(run_dir), "nn", "*.pth.*.tmp")):
+            if os.path.isfile(path):
+                os.remove(path)  # what a killed process left half written
+    except BlockingIOError as exc:
+        raise UserError(f"{run_dir} is being trained by another process: stop it first") from exc
     except OSError as exc:
-        raise UserError(f"{run_dir} cannot be written: {exc.strerror or exc}")
-    return lock, run_dir, False, origin
+        if exc.errno != errno.ENOLCK:  # some network file systems have no locks
+            what = f"{exc.filename or run_dir} cannot be trained in"
+            raise UserError(f"{what}: {exc.strerror or exc}") from exc
+    return run_dir, lock
+
+
+def make_run_dir(args: Args, origin: str) -> str:
+    """A new folder with config.json, which says all that is needed to run it again. If the name is
+    taken it is <name>_2, _3 ...; of two processes one gets a name."""
+    task = re.sub(r"[^A-Za-z0-9_-]+", "_", args.env_id)
+    name = args.experiment or task + time.strftime("_%Y-%m-%d_%H-%M-%S")
+    os.makedirs(args.train_dir, exist_ok=True)
+    for n in range(1, 10**5):
+        with contextlib.suppress(FileExistsError):
+            run_dir = os.path.join(args.train_dir, name if n == 1 else f"{name}_{n}")
+            os.makedirs(run_dir, exist_ok=args.resume)  # resumed before the first checkpoint
+            break
+    os.makedirs(os.path.join(run_dir, "nn"), exist_ok=args.resume)
+    device, here = pick_device(args.device), os.path.dirname(os.path.abspath(__file__))
+    command, commit = ["git", "-C", here, "describe", "--always", "--dirty"], b""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        commit = subprocess.check_output(command, stderr=subprocess.DEVNULL, timeout=10)
+    about = dict(args=asdict(args), origin=origin, git_commit=commit.decode().strip())
+    about["command"] = shlex.join([sys.executable, *sys.argv])
+    about["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
+    is_gpu = device.type == "cuda"
+    about["device"] = torch.cuda.get_device_name(device) if is_gpu else platform.machine()
+    with open(os.path.join(run_dir, "config.json"), "w") as file:
+        json.dump(about, file, indent=2)
+    return run_dir
 
 
 class Runner:
-    """Runs what `args` say - train, continue or play - with the given observer. `.run()` returns a dict of results."""
+    """Does what args say: train, continue or play. checkpoint: (path, content) of args.checkpoint
+    or args.init_from, if it has been read before."""
 
-    def __init__(self, args: Args, algo_observer: Optional[AlgoObserver] = None):
-        self.args, self.algo_observer = args, algo_observer or RLGPUAlgoObserver()
-        if not isinstance(self.algo_observer, MultiObserver):  # it is the one that keeps a failing observer from ending the run
-            self.algo_observer = MultiObserver([self.algo_observer])
-        self.algo_observer.strict = args.strict_observers
+    def __init__(self, args: Args, algo_observer: Optional[AlgoObserver] = None, checkpoint=None):
+        self.args = args
+        observer = algo_observer or RLGPUAlgoObserver()
+        if not isinstance(observer, MultiObserver):  # which keeps a failing one from ending the run
+            observer = MultiObserver([observer])
+        observer.strict = args.strict_observers
+        self.algo_observer = observer if RANK == 0 else MultiObserver([])
+        source = args.checkpoint or args.init_from
+        if checkpoint is None and source:
+            checkpoint = find_checkpoint(source)
+        self.path, self.state = checkpoint or ("", None)
 
     def run(self) -> Dict[str, Any]:
-        args = self.args
-        args.check()
+        """Results: of the episodes played, or run_dir, epoch, best and stop_signal of training."""
+        args, state = self.args, self.state
+        check_args(args)
+        if args.checkpoint and not args.play and state["epoch"] >= args.max_epochs:
+            what = f"{args.checkpoint} is complete: {state['epoch']} of {args.max_epochs} epochs"
+            log(f"{what}. To train longer give a larger --max-epochs")
+            return dict(run_dir=args.checkpoint, epoch=state["epoch"], stop_signal=0)
+        device = pick_device(args.device)
         if args.torch_threads:
             torch.set_num_threads(args.torch_threads)
-        path, state = find_checkpoint(args.checkpoint or args.init_from) if args.checkpoint or args.init_from else ("", None)
-        if args.export:
-            return export_policy(args, path, state)
-        if state is not None and args.checkpoint and not args.play and state["epoch"] >= args.max_epochs:
-            log(f"{args.checkpoint} is complete: {state['epoch']} of {args.max_epochs} epochs. To train longer give a larger --max-epochs")
-            return {"epoch": state["epoch"], "best": state["last_mean_rewards"], "stop_signal": 0}
-        if WORLD_SIZE > 1:
-            device = pick_device(args.device)
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            together(dist.init_process_group, "nccl" if device.type == "cuda" else "gloo")
-            if RANK > 0:
-                self.algo_observer = MultiObserver([])
-        if pick_device(args.device).type == "cuda":
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")  # TF32, as in rl_games
+        elif args.mixed_precision:
+            log("--mixed-precision does nothing on a CPU, as in rl_games")
+        if WORLD_SIZE > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         seed_everything(args)
         env = make_env(replace(args, seed=args.seed + RANK))
-        env = RecordVideo(env, args) if args.capture_video else env
         seed_everything(args)  # making an env may draw any number of random numbers
         try:
-            return play(args, env, path, state) if args.play else self.train(env, path, state)
+            agent = PPOAgent(args, env, self.algo_observer)
+            return play(agent, state, self.path) if args.play else self.train(agent)
         finally:
-            if hasattr(env, "close"):
-                env.close()
-            if WORLD_SIZE > 1 and dist.get_backend() == "nccl":  # gloo's needs no farewell, and torch 2.4 sometimes hung in it
+            try:
+                if hasattr(env, "close"):
+                    env.close()
+            except Exception as exc:
+                warn(f"the env's close() raised {exc!r}")
+            # gloo needs no farewell, and with torch 2.4 it sometimes hung in it.
+            if WORLD_SIZE > 1 and dist.get_backend() == "nccl":
                 dist.destroy_process_group()
 
-    def train(self, env, path: str, state: Optional[Dict[str, Any]]) -> Dict[str, Any]:
-        args = self.args
-        if state is not None:
-            make_model(args, env.num_obs, env.num_acts, state)  # if the weights do not fit, say so before anything is written
-            seed_everything(args)
-        lock, *opened = open_run_dir(args, path, state) if RANK == 0 else [None] * 4
+    def train(self, agent: PPOAgent) -> Dict[str, Any]:
+        args, state, observer = self.args, self.state, self.algo_observer
+        what, continues = f"training {args.env_id} on {agent.device}", False
+        if args.checkpoint:
+            exact = restore_agent(agent, state, self.path)
+            continues = os.path.isdir(args.checkpoint)
+            what = f"{'continuing' if continues else 'branching off'} {self.path} at epoch "
+            what += f"{agent.epoch_num}, frame {agent.frame:,}, {best_so_far(agent)}"
+            what += "; exactly where it stopped" if exact else "; the env starts new episodes"
+        elif state is not None:
+            restore_model(agent, state, self.path)
+            what += f" from the weights of {self.path}"
+        opened, lock = [""], None
+        if RANK == 0:
+            opened[0], lock = open_run_dir(args, self.path)
         if WORLD_SIZE > 1:
             together(dist.broadcast_object_list, opened, 0)
-        run_dir, continues, origin = opened
-
-        run_id = os.environ.get("WANDB_RUN_ID") or (state["wandb_run_id"] if continues else uuid.uuid4().hex[:8])
-        config = {**asdict(args), **{theirs: getattr(args, ours) for theirs, ours in RL_GAMES_NAMES.items()}, **origin,
-                  "name": os.path.basename(run_dir), "run_dir": run_dir, "wandb_run_id": run_id}
-        self.algo_observer.before_init("train_ppo", config, config["name"])
-        writer = Writer(os.path.join(run_dir, "summaries"), purge_step=state["frame"] + 1 if continues else None) if RANK == 0 else None
-        agent = PPOAgent(args, env, self.algo_observer, writer, config)
-        what = f"training {args.env_id} on {agent.device}"
+        run_id = state["wandb_run_id"] if continues else ""
+        agent.open(opened[0], os.environ.get("WANDB_RUN_ID") or run_id or os.urandom(4).hex())
+        observer.before_init("train_ppo", agent.config, agent.config["name"])
+        observer.after_init(agent)
         if args.checkpoint:
-            exact = agent.set_full_state_weights(state)
-            what = (f"{'continuing' if continues else 'branching off'} {path} at epoch {state['epoch']}, frame {state['frame']:,}, learning rate "
-                    f"{float(agent.lr):.1e}, best {state['last_mean_rewards']:.2f}; "
-                    + ("exactly where it stopped" if exact else "the env cannot be restored: it starts new episodes"))
-            if "rng" not in state:
-                what += "\nfrom rl_games: weights, normalisers, Adam and best reward are taken over; the window of episodes starts empty"
-        elif state is not None:
-            agent.model.load_state_dict(state["model"])
-            what += f" from the weights of {path}"
-        batch = args.num_envs * args.num_steps
-        log(f"{what}\n{f'{WORLD_SIZE} processes x ' if WORLD_SIZE > 1 else ''}{args.num_envs} envs x {args.num_steps} steps, "
-            f"{args.update_epochs} passes of {batch // agent.minibatch_size} minibatches of {agent.minibatch_size}; writing to {run_dir}")
-
-        def stop(signum, _frame):
-            agent.stop_signal = signum
-            signal.signal(signum, signal.SIG_DFL)  # a second one ends it at once
-            with contextlib.suppress(RuntimeError):  # it came amid a print, which cannot be entered twice
-                log(f"{signal.Signals(signum).name}: finishing this epoch, then saving last.pth")
-
-        handlers = {}
-        with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us handles signals
-            handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+            observer.load_state_dict(state["observers"])
         try:
-            try:
+            agent_state(agent)
+        except Exception as exc:  # found out before the first epoch rather than at the first save
+            what = "the env's get_env_state() or an observer's state_dict() cannot be kept"
+            raise UserError(f"{what}: {first_line(exc)}") from exc
+        what += f"\n{WORLD_SIZE} x " if WORLD_SIZE > 1 else "\n"
+        what += f"{args.num_envs} envs x {args.num_steps} steps, {args.update_epochs} passes in "
+        size = min(args.minibatch_size, args.num_envs * args.num_steps)
+        log(f"{what}minibatches of {size}; writing to {opened[0]}")
+        try:
+            with stop_signals(agent):
                 agent.train()
-            finally:
-                agent.save_best()
-            agent.save("last.pth", final=True)
+                save(agent, "last.pth", final=True)
+        except Exception:
+            save_after_crash(agent)
+            raise
         finally:
-            for signum, handler in handlers.items():
-                signal.signal(signum, handler)
-            self.algo_observer.close()
-            with contextlib.suppress(Exception):
-                writer.close()
-            lock and lock.close()
-        self.report(agent, run_dir)
-        return {"run_dir": run_dir, "epoch": agent.epoch_num, "mean_reward": agent.mean_rewards, "best": agent.last_mean_rewards,
-                "stop_signal": agent.stop_signal}
-
-    def report(self, agent: PPOAgent, run_dir: str) -> None:
-        script = f"python {os.path.relpath(__file__)}"
-        best = os.path.join(agent.nn_dir, "best.pth")
-        best = best if os.path.exists(best) else os.path.join(agent.nn_dir, "last.pth")  # of an older run than this one
-        reward = f"mean reward {agent.mean_rewards:.2f} over the last {agent.games:.0f} episodes" if agent.games else "no episode finished"
-        log(f"\nstopped after epoch {agent.epoch_num} ({agent.stop_reason}), {reward}")
-        if agent.best_epoch:
-            log(f"best      {agent.last_mean_rewards:.2f} at epoch {agent.best_epoch}")
-        again = script if WORLD_SIZE == 1 else script.replace("python", f"torchrun --nproc-per-node={WORLD_SIZE}", 1)
-        more = "" if agent.epoch_num < agent.args.max_epochs else f" --max-epochs {2 * agent.args.max_epochs}"
-        log(f"files     {run_dir}\nplay      {script} --play --checkpoint {best}\ncontinue  {again} --checkpoint {run_dir}{more}\n"
-            f"curves    tensorboard --logdir {os.path.join(run_dir, 'summaries')}")
+            observer.close()
+            with contextlib.suppress(Exception):  # rank 0 alone has a writer and a lock
+                agent.writer.close()
+                lock.close()
+        report(agent)
+        results = dict(run_dir=opened[0], epoch=agent.epoch_num, mean_reward=agent.mean_rewards)
+        return dict(results, best=agent.last_mean_rewards, stop_signal=agent.stop_signal)
 
 
-def parse_args(argv: Optional[List[str]] = None) -> Args:
-    """Args from flags (sys.argv by default); what no flag gives comes from the checkpoint, else the task's yaml, else the defaults.
+@torch.no_grad()
+def play(agent: PPOAgent, state: Dict[str, Any], path: str) -> Dict[str, float]:
+    """Evaluate the mean actions in one whole episode of each environment. The first episodes that
+    end, from whichever environment, would be the short ones; and the episode in which one is when
+    play begins may have begun before."""
+    restore_model(agent, state, path)
+    env, obs = agent.env, agent.obs
+    noise = torch.zeros(env.num_envs, env.num_acts, device=agent.device)
+    returns = torch.zeros(env.num_envs, device=agent.device)
+    lengths = torch.zeros_like(returns)
+    ended = torch.zeros_like(returns)  # episodes that each environment has ended
+    limit = 4 * getattr(env, "max_episode_length", 25_000)
+    for _ in range(limit):
+        actions = agent.model.act(obs, noise)["actions"]
+        actions = actions.clamp(-1.0, 1.0) if agent.args.clip_actions else actions
+        obs, rewards, dones, _, _ = check_step(env.step(actions), obs)
+        returns += rewards * (ended == 1)
+        lengths += ended == 1
+        ended += dones
+        if (ended >= 2).all():
+            break
+    returns, lengths = returns[ended >= 2], lengths[ended >= 2]
+    if len(returns) == 0:
+        raise TrainingError(f"no episode ended in {limit} steps, so there is nothing to report")
+    result = dict(mean=returns.mean().item(), std=returns.std(unbiased=False).item())
+    result.update(min=returns.min().item(), max=returns.max().item())
+    result.update(length=lengths.mean().item(), count=len(returns))
+    what = "reward mean {mean:.2f} std {std:.2f} min {min:.2f} max {max:.2f}, mean length "
+    what += "{length:.1f}, {count} episodes, one of each env, mean actions"
+    log(what.format(**result))
+    if len(returns) < env.num_envs:
+        warn(f"{env.num_envs - len(returns)} envs ended no whole episode in {limit} steps")
+    return result
 
-    The flags are parsed twice: first to learn which checkpoint or task is meant, then over the values found there.
-    """
+
+@contextlib.contextmanager
+def stop_signals(agent: PPOAgent):
+    """Let a signal end training after the epoch that is under way, and a second one at once."""
+
+    def stop(signum, _frame):
+        agent.stop_signal = signum
+        for every in before:
+            signal.signal(every, signal.SIG_DFL)
+        log(f"{signal.Signals(signum).name}: finishing this epoch, then saving last.pth")
+
+    before = {}
+    # SIGHUP: the terminal is gone. SIGUSR1: what SLURM's --signal sends before a time limit.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        signum = getattr(signal, name, None)  # Windows lacks two of them; nohup ignores SIGHUP
+        if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:
+            with contextlib.suppress(ValueError):  # only the main thread may handle signals
+                before[signum] = signal.signal(signum, stop)
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def stop_reason(agent: PPOAgent) -> str:
+    if agent.stop_signal:
+        return signal.Signals(agent.stop_signal).name
+    return "done" if agent.epoch_num >= agent.args.max_epochs else "error"
+
+
+def best_so_far(agent: PPOAgent) -> str:
+    found = math.isfinite(agent.last_mean_rewards)
+    return f"best {agent.last_mean_rewards:.2f}" if found else "no best yet"
+
+
+def report(agent: PPOAgent) -> None:
+    """The end of a run on the console: results, and the commands that go on from here."""
+    run_dir = agent.config["run_dir"]
+    script = sys.argv[0] if sys.argv[0].endswith(".py") else __file__  # one with own observers?
+    script = shlex.quote(os.path.relpath(script))
+    launcher = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node={WORLD_SIZE}"
+    name = "best.pth" if os.path.exists(os.path.join(agent.nn_dir, "best.pth")) else "last.pth"
+    more = "" if agent.stop_signal else f" --max-epochs {2 * agent.args.max_epochs}"
+    env = f" --env-id {agent.args.env_id}" if ":" in agent.args.env_id else ""
+    folder = shlex.quote(run_dir)
+    reward = f"mean reward {agent.mean_rewards:.2f}, {best_so_far(agent)}"
+    reward = reward if agent.episodes.count else "no episode finished"
+    log(
+        f"\nstopped after epoch {agent.epoch_num} ({stop_reason(agent)}), {reward}\n"
+        f"files     {run_dir}\n"
+        f"play      python {script} --play --checkpoint {folder}/nn/{name}{env}\n"
+        f"continue  {launcher} {script} --checkpoint {folder}{more}{env}\n"
+        f"curves    tensorboard --logdir {folder}/summaries"
+    )
+
+
+# Arguments that a checkpoint does not pass on: they say what this start of the program is for.
+NOT_INHERITED = set("checkpoint init_from resume play device experiment train_dir".split())
+NOT_INHERITED.add("torch_threads")
+NETWORK_ARGS = {"units", "activation", "separate", "normalize_input", "normalize_value"}
+
+
+def parse_args(argv: Optional[Sequence[str]] = None):
+    """Args from flags (sys.argv by default), and (path, content) of the checkpoint that they name.
+    The flags are parsed twice: first to learn which checkpoint or task is meant, then over the
+    values found there."""
     parse = functools.partial(tyro.cli, Args, args=argv, description=__doc__.splitlines()[0])
-    first, saved, settings = parse(default=Args()), {}, {}
-    if first.checkpoint or first.init_from:
-        _, state = find_checkpoint(first.checkpoint or first.init_from, quiet=True)  # the Runner says what was skipped
-        # what a run was started for is not part of what it is
-        known = {f.name for f in fields(Args)} - {"checkpoint", "init_from", "play", "games", "stochastic", "export", "device"}
-        if first.play:
-            known.remove("capture_video")
-        if first.init_from:
-            known = {"units", "activation", "separate", "normalize_input", "normalize_value"}
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in state["args"].items() if k in known}
-    if "env_id" not in saved and not first.export and uses_isaacgym(first):
+    first = parse(default=Args())
+    folder = os.path.join(first.train_dir, first.experiment)
+    if first.resume and glob.glob(os.path.join(glob.escape(folder), "nn", "*.pth")):
+        first = replace(first, checkpoint=folder)
+    source = first.checkpoint or first.init_from
+    checkpoint = find_checkpoint(source) if source else None
+    found = inherited_args(first, *checkpoint) if checkpoint else {}
+    if "env_id" not in found and uses_isaacgym(first):
         from omegaconf import OmegaConf
 
         cfg = compose_isaacgym_config(first)
-        settings = settings_from_yaml(OmegaConf.to_container(cfg.train, resolve=True)["params"], first.env_id)
-    return parse(default=Args(**{**settings, **saved}))
+        params = OmegaConf.to_container(cfg.train, resolve=True)["params"]
+        found = {**settings_from_yaml(params, first.env_id), **found}
+    if first.resume:
+        found["checkpoint"] = first.checkpoint
+    return parse(default=replace(Args(), **found)), checkpoint
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def inherited_args(first: Args, path: str, state: Dict[str, Any]) -> Dict[str, Any]:
+    """The checkpoint's arguments. It chooses no code: module:factory must come from a flag."""
+    names = vars(first).keys() - NOT_INHERITED if first.checkpoint else NETWORK_ARGS
+    found = {name: value for name, value in state["args"].items() if name in names}
+    for field in fields(Args):
+        value = found.get(field.name, field.default)
+        value = tuple(value) if isinstance(value, list) else value
+        choices = typing.get_args(field.type) if isinstance(field.default, str) else ()
+        good = type(value) is type(field.default) and (not choices or value in choices)
+        if not good or (field.name == "units" and any(type(width) is not int for width in value)):
+            raise UserError(f"{path} is damaged: its {field.name} is {value!r}")
+        if field.name in found:
+            found[field.name] = value
+    env_id = found.get("env_id", "")
+    if ":" in env_id and first.env_id == Args.env_id:
+        raise UserError(f"{path} was trained on your own env: repeat its flag, --env-id {env_id}")
+    return found
+
+
+def give_up_broken_streams() -> None:
+    """Otherwise Python complains about a pipe that is gone, and changes the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def main(argv: Optional[Sequence[str]] = None, observers: Sequence[AlgoObserver] = ()) -> None:
+    """The command. `observers` are yours, called after RLGPUAlgoObserver and before W&B's."""
     try:
-        args = parse_args(argv)
-        observers: List[AlgoObserver] = [RLGPUAlgoObserver()]
-        # your own observers go here
+        args, checkpoint = parse_args(argv)
+        everyone = [RLGPUAlgoObserver(), *observers]
         if args.track:
-            observers.append(WandbAlgoObserver(args))  # last: it sends what the others wrote
-        result = Runner(args, MultiObserver(observers)).run()
+            everyone.append(WandbAlgoObserver(args))  # last: it sends what the others wrote
+        result = Runner(args, MultiObserver(everyone), checkpoint).run()
     except (UserError, TrainingError) as exc:
         if RANK == 0 or isinstance(exc, TrainingError):
-            print(f"error: {exc}", file=sys.stderr)
+            with contextlib.suppress(OSError, ValueError):
+                print(f"error: {exc}", file=sys.stderr)
         sys.exit(2 if isinstance(exc, UserError) else 1)
-    except KeyboardInterrupt:  # before or after training, which handles it by itself, or amid --play
+    except KeyboardInterrupt:  # before or after training, or in --play
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # --help | head
+        sys.exit(1)
+    finally:
+        give_up_broken_streams()
     if result.get("stop_signal"):
         sys.exit(128 + result["stop_signal"])
 

@@ -1,23 +1,29 @@
-"""How fast train_ppo.py trains next to other PPO libraries: same environments, same settings, same clock; one table.
+"""How fast train_ppo.py trains next to other PPO libraries: same environments, same settings, same
+clock; one table.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/compare.py                                      the README's table (half an hour on 2 cores)
+    python benchmarks/compare.py                             the table, half an hour on 2 cores
     python benchmarks/compare.py --trainers train_ppo skrl --env cartpole --repeats 1
-    python benchmarks/compare.py --one skrl --env cartpole            one training run: one line of JSON
+    python benchmarks/compare.py --one skrl --env cartpole   one training run: one line of JSON
 
-Every run is a process of its own, one at a time. A round runs all trainers once, the next round in reverse order, so that a machine
-that gets slower or faster favours none. A short round before picks for each the number of threads with which it is faster.
+Every run is a process of its own, one at a time. A round runs all trainers once, the next round in
+reverse order, so that a machine that gets slower or faster favours none. A short round before picks
+for each the number of threads with which it is faster.
 
     env steps/s   from the 4th rollout to the end of training, all included
-    to 470        from process start, imports included, until the last 256 finished episodes have a mean return of 470
+    to 470        from process start, imports included, until the last 256 finished episodes have a
+                  mean return of 470
     peak memory   the largest resident set of the process
 
-All of this is measured by the same code, in a wrapper around the env, and everyone trains the same number of epochs. train_ppo.py runs
-as its users run it, with TensorBoard, console lines and checkpoints; the others are freed from theirs where an option allows it. Code
-that is copied rather than installed from PyPI, such as CleanRL's and LeanRL's, is not in the table.
+All of this is measured by the same code, in a wrapper around the env, and everyone trains the same
+number of epochs. train_ppo.py runs as its users run it, with TensorBoard, console lines and
+checkpoints; the others are freed from theirs where an option allows it. Code that is copied rather
+than installed from PyPI, such as CleanRL's and LeanRL's, is not in the table.
 """
+
 import argparse
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -29,56 +35,73 @@ import sys
 import tempfile
 import time
 
-STARTED = float(os.environ.get("COMPARE_STARTED") or time.time())  # set by `run`, just before it starts this process
-if "--one" in sys.argv:  # the process that starts the others stays small: Linux counts a parent's memory in its child's peak
+# `run` sets it, just before it starts this process.
+STARTED = float(os.environ.get("COMPARE_STARTED") or time.time())
+# The process that starts the others stays small, because Linux counts a parent's memory in its
+# child's peak.
+if "--one" in sys.argv:
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     import torch
 
     began = time.time()
     import train_ppo
 
-    BORROWED = time.time() - began  # the others only take Cartpole and the settings from train_ppo: its import is not on their clock
+    # The others take only Cartpole and the settings from train_ppo: importing it is not on their
+    # clock.
+    BORROWED = time.time() - began
 
-EPOCHS, SHORT = {"cartpole": 100, "ant": 23}, {"cartpole": 30, "ant": 6}  # SHORT: of the runs that pick the number of threads
+EPOCHS = {"cartpole": 100, "ant": 23}
+SHORT = {"cartpole": 30, "ant": 6}  # epochs of the runs that pick the number of threads
 WARM_UP = 3  # epochs before the clock of env steps/s starts
-ANT = dict(num_envs=4096, minibatch_size=32768, update_epochs=4, units=(256, 128, 64))  # as in AntPPO.yaml; the rest as for Cartpole
+# As in AntPPO.yaml; the rest as for Cartpole.
+ANT = dict(num_envs=4096, minibatch_size=32768, update_epochs=4, units=(256, 128, 64))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the environments beside train_ppo's Cartpole, and the wrapper that measures
 
 
 class Synthetic:
-    """An env of Ant's size that costs next to nothing: what is left is the trainer. Episodes of 1000 steps, staggered."""
+    """An env of Ant's size that costs next to nothing: what is left is the trainer. Its episodes of
+    1000 steps are staggered."""
 
     max_episode_length = 1000
 
     def __init__(self, num_envs, num_obs=60, num_acts=8):
-        self.num_envs, self.num_obs, self.num_acts, self.device = num_envs, num_obs, num_acts, torch.device("cpu")
+        self.num_envs = num_envs
+        self.num_obs = num_obs
+        self.num_acts = num_acts
+        self.device = torch.device("cpu")
         self.pool = torch.randn(num_envs + 256, num_obs)
         self.progress = torch.arange(num_envs) * self.max_episode_length // num_envs
         self.t = 0
 
     def reset(self):
         self.t = (self.t + 1) % 256
-        return {"obs": self.pool[self.t:self.t + self.num_envs]}
+        return {"obs": self.pool[self.t : self.t + self.num_envs]}
 
     def step(self, actions):
         self.progress += 1
         late = self.progress >= self.max_episode_length
         self.progress.masked_fill_(late, 0)
-        reward = 1.0 - (actions - self.pool[self.t:self.t + self.num_envs, :self.num_acts]).square().mean(1)
+        wanted = self.pool[self.t : self.t + self.num_envs, : self.num_acts]
+        reward = 1.0 - (actions - wanted).square().mean(1)
         return self.reset(), reward, late.long(), {"time_outs": late}
 
 
 class Meter:
-    """Wraps the env of every trainer alike: when each rollout began, and the returns of finished episodes, looked at once a rollout."""
+    """Wraps the env of every trainer alike. It notes when each rollout began, and the returns of
+    finished episodes, looked at once a rollout."""
 
     def __init__(self, env, num_steps):
-        self.env, self.steps, self.rollouts, self.solved = env, 0, [], None
+        self.env = env
+        self.steps = 0
+        self.rollouts = []
+        self.solved = None
         self.running = torch.zeros(env.num_envs)
-        self.finished = torch.zeros(num_steps, env.num_envs)  # returns where an episode ended, else nan
-        self.window, self.returns = torch.zeros(0), []
+        self.finished = torch.zeros(num_steps, env.num_envs)  # where no episode ended: nan
+        self.window = torch.zeros(0)
+        self.returns = []
 
     def __getattr__(self, name):
         return getattr(self.env, name)
@@ -104,9 +127,10 @@ class Meter:
         return obs, reward, done, infos
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the trainers: each trains args.max_epochs epochs with the settings in args, and may write to folder.
-# "Differs:" says where its own options do not go as far, or lead to a better result when set otherwise.
+# --------------------------------------------------------------------------------------------------
+# the trainers: each trains args.max_epochs epochs with the settings in args, and may write to the
+# folder. "Differs:" says where its own options do not go as far, or lead to a better result when
+# set otherwise.
 
 
 def spaces(env):
@@ -125,20 +149,27 @@ def mlp(size, units):
 
 def ours(env, args, folder):
     train_ppo.make_env = lambda _: env
-    train_ppo.Runner(train_ppo.replace(args, train_dir=folder), train_ppo.MultiObserver([train_ppo.RLGPUAlgoObserver()])).run()
+    args = dataclasses.replace(args, train_dir=folder)
+    train_ppo.Runner(args, train_ppo.RLGPUAlgoObserver()).run()
 
 
 def ours_compiled(env, args, folder):
-    ours(env, train_ppo.replace(args, compile=True), folder)
+    ours(env, dataclasses.replace(args, compile=True), folder)
 
 
 def rl_games(env, args, folder, torch_compile=False):
-    # Differs: TensorBoard cannot be turned off; 1.6.5 lets the statistics of the observations move in every pass.
+    # Differs: TensorBoard cannot be turned off; 1.6.5 lets the statistics of the observations move
+    # in every pass.
+    from fidelity import rl_games_params
     from rl_games.common import env_configurations, vecenv
     from rl_games.torch_runner import Runner
 
     class Env(vecenv.IVecEnv):
-        step, reset, get_number_of_agents = staticmethod(env.step), staticmethod(env.reset), lambda self: 1
+        step = staticmethod(env.step)
+        reset = staticmethod(env.reset)
+
+        def get_number_of_agents(self):
+            return 1
 
         def get_env_info(self):
             observations, actions = spaces(env)
@@ -146,42 +177,33 @@ def rl_games(env, args, folder, torch_compile=False):
 
     vecenv.register("compare", lambda *_, **__: Env())
     env_configurations.register("compare", {"vecenv_type": "compare", "env_creator": None})
-    none, default = {"name": "None"}, {"name": "default"}
-    network = {
-        "name": "actor_critic", "separate": False,
-        "space": {"continuous": {"mu_activation": "None", "sigma_activation": "None", "mu_init": default, "fixed_sigma": True,
-                                 "sigma_init": {"name": "const_initializer", "val": args.sigma_init}}},
-        "mlp": {"units": list(args.units), "activation": args.activation, "initializer": default, "regularizer": none}}
-    config = {
-        "name": "compare", "env_name": "compare", "device": "cpu", "ppo": True, "multi_gpu": False, "mixed_precision": False,
-        "torch_compile": torch_compile, "train_dir": folder, "print_stats": False, "save_frequency": 0, "save_best_after": 10**9,
-        "score_to_win": math.inf, "max_epochs": args.max_epochs, "num_actors": args.num_envs, "horizon_length": args.num_steps,
-        "minibatch_size": args.minibatch_size, "mini_epochs": args.update_epochs, "learning_rate": args.learning_rate,
-        "lr_schedule": "adaptive", "kl_threshold": args.kl_threshold, "gamma": args.gamma, "tau": args.gae_lambda,
-        "e_clip": args.clip_coef, "clip_value": args.clip_vloss, "critic_coef": args.vf_coef, "entropy_coef": args.ent_coef,
-        "bounds_loss_coef": args.bounds_loss_coef, "truncate_grads": True, "grad_norm": args.max_grad_norm,
-        "normalize_advantage": True, "normalize_input": True, "normalize_value": True, "value_bootstrap": True,
-        "reward_shaper": {"scale_value": args.reward_scale}, "seq_length": 4}
+    names = {"name": "compare", "env_name": "compare", "train_dir": folder}
+    params = rl_games_params(args, **names, torch_compile=torch_compile)
     runner = Runner()
-    runner.load({"params": {"seed": args.seed, "torch_threads": args.torch_threads, "algo": {"name": "a2c_continuous"},
-                            "model": {"name": "continuous_a2c_logstd"}, "network": network, "config": config}})
+    runner.load({"params": {**params, "torch_threads": args.torch_threads}})
     runner.run({"train": True, "play": False})
 
 
 def rl_games_compiled(*args):
-    # its default; what it compiles is cached on disk, as ours is, so only the very first run waits for all of it
+    # Its default. What it compiles is cached on disk, as ours is, so only the very first run waits
+    # for all of it.
     rl_games(*args, torch_compile=True)
 
 
 def rsl_rl(env, args, folder):
-    # Differs: actor and critic share no layers, and their gradients are clipped apart; no value normalisation; no bounds loss; the
-    # learning rate goes down to 1e-5 only; minibatches are shuffled.
+    # Differs: actor and critic share no layers, and their gradients are clipped apart; no value
+    # normalisation; no bounds loss; the learning rate goes down to 1e-5 only; minibatches are
+    # shuffled.
     from rsl_rl.env import VecEnv
     from rsl_rl.runners import OnPolicyRunner
     from tensordict import TensorDict
 
     class Env(VecEnv):
-        num_envs, num_actions, max_episode_length = env.num_envs, env.num_acts, env.max_episode_length
+        num_envs, num_actions, max_episode_length = (
+            env.num_envs,
+            env.num_acts,
+            env.max_episode_length,
+        )
         device, cfg = "cpu", {}
         obs = env.reset()
 
@@ -192,24 +214,49 @@ def rsl_rl(env, args, folder):
             self.obs, reward, done, infos = env.step(actions)
             return self.get_observations(), args.reward_scale * reward, done, infos
 
-    net = {"class_name": "MLPModel", "hidden_dims": list(args.units), "activation": args.activation, "obs_normalization": True}
-    gaussian = {"class_name": "GaussianDistribution", "init_std": math.exp(args.sigma_init), "std_type": "log"}
+    net = {
+        "class_name": "MLPModel",
+        "hidden_dims": list(args.units),
+        "activation": args.activation,
+        "obs_normalization": True,
+    }
+    gaussian = {
+        "class_name": "GaussianDistribution",
+        "init_std": math.exp(args.sigma_init),
+        "std_type": "log",
+    }
     algorithm = {
-        "class_name": "PPO", "num_learning_epochs": args.update_epochs,
-        "num_mini_batches": args.num_envs * args.num_steps // args.minibatch_size, "clip_param": args.clip_coef,
-        "use_clipped_value_loss": args.clip_vloss, "gamma": args.gamma, "lam": args.gae_lambda,
-        "value_loss_coef": 0.5 * args.vf_coef, "entropy_coef": args.ent_coef, "learning_rate": args.learning_rate,
-        "schedule": "adaptive", "desired_kl": args.kl_threshold, "max_grad_norm": args.max_grad_norm}
+        "class_name": "PPO",
+        "num_learning_epochs": args.update_epochs,
+        "num_mini_batches": args.num_envs * args.num_steps // args.minibatch_size,
+        "clip_param": args.clip_coef,
+        "use_clipped_value_loss": args.clip_vloss,
+        "gamma": args.gamma,
+        "lam": args.gae_lambda,
+        "value_loss_coef": 0.5 * args.vf_coef,
+        "entropy_coef": args.ent_coef,
+        "learning_rate": args.learning_rate,
+        "schedule": "adaptive",
+        "desired_kl": args.kl_threshold,
+        "max_grad_norm": args.max_grad_norm,
+    }
     config = {
-        "num_steps_per_env": args.num_steps, "save_interval": 10**9, "check_for_nan": False, "algorithm": algorithm,
-        "obs_groups": {"actor": ["obs"], "critic": ["obs"]}, "actor": {**net, "distribution_cfg": gaussian}, "critic": net}
+        "num_steps_per_env": args.num_steps,
+        "save_interval": 10**9,
+        "check_for_nan": False,
+        "algorithm": algorithm,
+        "obs_groups": {"actor": ["obs"], "critic": ["obs"]},
+        "actor": {**net, "distribution_cfg": gaussian},
+        "critic": net,
+    }
     OnPolicyRunner(Env(), config, log_dir=None, device="cpu").learn(args.max_epochs)
 
 
 def skrl(env, args, folder):
-    # Differs: the KL divergence is an estimate from the sampled actions, looked at once a pass; values are not clipped (its clipped loss
-    # has no gradient outside the range, and learns slower); no bounds loss; where the clock cut an episode, gamma times the value of
-    # its last observation is added, not of the one before; minibatches are shuffled.
+    # Differs: the KL divergence is an estimate from the sampled actions, looked at once a pass;
+    # values are not clipped (its clipped loss has no gradient outside the range, and learns
+    # slower); no bounds loss; where the clock cut an episode, gamma times the value of its last
+    # observation is added, not of the one before; minibatches are shuffled.
     from skrl.agents.torch.ppo import PPO
     from skrl.envs.wrappers.torch import Wrapper
     from skrl.memories.torch import RandomMemory
@@ -238,45 +285,75 @@ def skrl(env, args, folder):
             GaussianMixin.__init__(self, role="policy")
             DeterministicMixin.__init__(self, role="value")
             self.body = mlp(env.num_obs, args.units)
-            self.mu, self.value = torch.nn.Linear(args.units[-1], env.num_acts), torch.nn.Linear(args.units[-1], 1)
+            self.mu, self.value = (
+                torch.nn.Linear(args.units[-1], env.num_acts),
+                torch.nn.Linear(args.units[-1], 1),
+            )
             self.log_std = torch.nn.Parameter(torch.full((env.num_acts,), args.sigma_init))
             self.features = None
 
         def act(self, inputs, *, role=""):
-            return (GaussianMixin if role == "policy" else DeterministicMixin).act(self, inputs, role=role)
+            return (GaussianMixin if role == "policy" else DeterministicMixin).act(
+                self, inputs, role=role
+            )
 
         def compute(self, inputs, role=""):
             if role == "policy":
                 self.features = self.body(inputs["observations"])
                 return self.mu(self.features), {"log_std": self.log_std}
             features, self.features = self.features, None
-            return self.value(self.body(inputs["observations"]) if features is None else features), {}
+            return self.value(
+                self.body(inputs["observations"]) if features is None else features
+            ), {}
 
     wrapped = Env(env)
-    shapes = {"observation_space": wrapped.observation_space, "action_space": wrapped.action_space, "device": "cpu"}
+    shapes = {
+        "observation_space": wrapped.observation_space,
+        "action_space": wrapped.action_space,
+        "device": "cpu",
+    }
     net = Net(**shapes)
     config = {
-        "rollouts": args.num_steps, "learning_epochs": args.update_epochs,
-        "mini_batches": args.num_envs * args.num_steps // args.minibatch_size, "discount_factor": args.gamma,
-        "gae_lambda": args.gae_lambda, "learning_rate": args.learning_rate, "learning_rate_scheduler": KLAdaptiveLR,
-        "learning_rate_scheduler_kwargs": {"kl_threshold": args.kl_threshold}, "grad_norm_clip": args.max_grad_norm,
-        "ratio_clip": args.clip_coef, "value_clip": 0.0, "value_loss_scale": 0.5 * args.vf_coef,
-        "entropy_loss_scale": args.ent_coef, "time_limit_bootstrap": True, "rewards_shaper": lambda r, *_: args.reward_scale * r,
-        "observation_preprocessor": RunningStandardScaler, "observation_preprocessor_kwargs": {"size": env.num_obs, "device": "cpu"},
-        "value_preprocessor": RunningStandardScaler, "value_preprocessor_kwargs": {"size": 1, "device": "cpu"},
-        "experiment": {"directory": folder, "write_interval": 0, "checkpoint_interval": 0}}
-    memory = RandomMemory(memory_size=args.num_steps, num_envs=args.num_envs, device="cpu", replacement=False)
+        "rollouts": args.num_steps,
+        "learning_epochs": args.update_epochs,
+        "mini_batches": args.num_envs * args.num_steps // args.minibatch_size,
+        "discount_factor": args.gamma,
+        "gae_lambda": args.gae_lambda,
+        "learning_rate": args.learning_rate,
+        "learning_rate_scheduler": KLAdaptiveLR,
+        "learning_rate_scheduler_kwargs": {"kl_threshold": args.kl_threshold},
+        "grad_norm_clip": args.max_grad_norm,
+        "ratio_clip": args.clip_coef,
+        "value_clip": 0.0,
+        "value_loss_scale": 0.5 * args.vf_coef,
+        "entropy_loss_scale": args.ent_coef,
+        "time_limit_bootstrap": True,
+        "rewards_shaper": lambda r, *_: args.reward_scale * r,
+        "observation_preprocessor": RunningStandardScaler,
+        "observation_preprocessor_kwargs": {"size": env.num_obs, "device": "cpu"},
+        "value_preprocessor": RunningStandardScaler,
+        "value_preprocessor_kwargs": {"size": 1, "device": "cpu"},
+        "experiment": {"directory": folder, "write_interval": 0, "checkpoint_interval": 0},
+    }
+    memory = RandomMemory(
+        memory_size=args.num_steps, num_envs=args.num_envs, device="cpu", replacement=False
+    )
     agent = PPO(models={"policy": net, "value": net}, memory=memory, cfg=config, **shapes)
-    trainer = {"timesteps": args.max_epochs * args.num_steps, "headless": True, "disable_progressbar": True,
-               "close_environment_at_exit": False}
+    trainer = {
+        "timesteps": args.max_epochs * args.num_steps,
+        "headless": True,
+        "disable_progressbar": True,
+        "close_environment_at_exit": False,
+    }
     SequentialTrainer(cfg=trainer, env=wrapped, agents=agent).train()
 
 
 def stable_baselines3(env, args, folder):
-    # Differs: no adaptive learning rate, so a fixed one, the best of four from 3e-3 to 1e-2; no value normalisation, and therefore no
-    # value clipping, which would go by absolute size; observation statistics move at every step; advantages are normalised by minibatch;
-    # no bounds loss; orthogonal initial weights, Adam's epsilon is 1e-5; where the clock cut an episode, as skrl; minibatches are
-    # shuffled; numpy to and from the env.
+    # Differs: no adaptive learning rate, so a fixed one, the best of four from 3e-3 to 1e-2; no
+    # value normalisation, and therefore no value clipping, which would go by absolute size;
+    # observation statistics move at every step; advantages are normalised by minibatch; no bounds
+    # loss; orthogonal initial weights, Adam's epsilon is 1e-5; where the clock cut an episode, as
+    # skrl; minibatches are shuffled; numpy to and from the env.
     from stable_baselines3 import PPO
     from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
     from stable_baselines3.common.vec_env import VecEnv, VecNormalize
@@ -290,7 +367,10 @@ def stable_baselines3(env, args, folder):
 
         def step_wait(self):
             obs, reward, done, infos = env.step(self.actions)
-            obs, done, late, rows = obs["obs"].numpy(), done.bool().numpy(), infos["time_outs"].numpy(), [{}] * env.num_envs
+            obs = obs["obs"].numpy()
+            done = done.bool().numpy()
+            late = infos["time_outs"].numpy()
+            rows = [{}] * env.num_envs
             for i in done.nonzero()[0]:
                 rows[i] = {"terminal_observation": obs[i], "TimeLimit.truncated": late[i]}
             return obs, (args.reward_scale * reward).numpy(), done, rows
@@ -311,22 +391,50 @@ def stable_baselines3(env, args, folder):
         def forward(self, obs):
             return self.mlp(obs)
 
-    venv = VecNormalize(Env(env.num_envs, *spaces(env)), norm_obs=True, norm_reward=False, clip_obs=5.0, gamma=args.gamma)
+    venv = VecNormalize(
+        Env(env.num_envs, *spaces(env)),
+        norm_obs=True,
+        norm_reward=False,
+        clip_obs=5.0,
+        gamma=args.gamma,
+    )
     ppo = PPO(
-        "MlpPolicy", venv, learning_rate=5e-3, n_steps=args.num_steps, batch_size=args.minibatch_size, n_epochs=args.update_epochs,
-        gamma=args.gamma, gae_lambda=args.gae_lambda, clip_range=args.clip_coef, clip_range_vf=None, ent_coef=args.ent_coef,
-        vf_coef=0.5 * args.vf_coef, max_grad_norm=args.max_grad_norm, seed=args.seed, device="cpu",
-        policy_kwargs={"net_arch": [], "features_extractor_class": Body, "log_std_init": args.sigma_init})
+        "MlpPolicy",
+        venv,
+        learning_rate=5e-3,
+        n_steps=args.num_steps,
+        batch_size=args.minibatch_size,
+        n_epochs=args.update_epochs,
+        gamma=args.gamma,
+        gae_lambda=args.gae_lambda,
+        clip_range=args.clip_coef,
+        clip_range_vf=None,
+        ent_coef=args.ent_coef,
+        vf_coef=0.5 * args.vf_coef,
+        max_grad_norm=args.max_grad_norm,
+        seed=args.seed,
+        device="cpu",
+        policy_kwargs={
+            "net_arch": [],
+            "features_extractor_class": Body,
+            "log_std_init": args.sigma_init,
+        },
+    )
     ppo.learn(args.max_epochs * args.num_envs * args.num_steps, log_interval=None)
 
 
 TRAINERS = {  # name: function, the package that must be installed
-    "train_ppo": (ours, "torch"), "train_ppo compiled": (ours_compiled, "torch"),
-    "rl_games": (rl_games, "rl-games"), "rl_games compiled": (rl_games_compiled, "rl-games"), "rsl_rl": (rsl_rl, "rsl-rl-lib"),
-    "skrl": (skrl, "skrl"), "stable-baselines3": (stable_baselines3, "stable-baselines3")}
+    "train_ppo": (ours, "torch"),
+    "train_ppo compiled": (ours_compiled, "torch"),
+    "rl_games": (rl_games, "rl-games"),
+    "rl_games compiled": (rl_games_compiled, "rl-games"),
+    "rsl_rl": (rsl_rl, "rsl-rl-lib"),
+    "skrl": (skrl, "skrl"),
+    "stable-baselines3": (stable_baselines3, "stable-baselines3"),
+}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # one run, and all of them
 
 
@@ -334,28 +442,46 @@ def peak_mb():
     """The largest resident set that this process has had."""
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1024**2 if sys.platform == "darwin" else peak / 1024
 
 
 def one(name, which, threads, epochs, seed):
     """Train in this process; returns what was measured."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    args = train_ppo.Args(max_epochs=epochs, seed=seed, torch_threads=threads, device="cpu", sim="torch")  # all else as in CartpolePPO.yaml
+    settings = dict(max_epochs=epochs, seed=seed, torch_threads=threads, device="cpu", sim="torch")
     if which == "ant":
-        args = train_ppo.replace(args, **ANT)
-    env = Meter(Synthetic(args.num_envs) if which == "ant" else train_ppo.Cartpole(args.num_envs, torch.device("cpu")), args.num_steps)
+        settings.update(ANT)
+    args = train_ppo.Args(**settings)  # all else as in CartpolePPO.yaml
+    if which == "ant":
+        env = Synthetic(args.num_envs)
+    else:
+        env = train_ppo.Cartpole(args.num_envs, torch.device("cpu"))
+    env = Meter(env, args.num_steps)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         TRAINERS[name][0](env, args, folder)
         end, end_cpu = time.time(), time.process_time()
     assert env.steps == epochs * args.num_steps, f"{env.steps} steps were taken"
-    steps, (begin, begin_cpu) = (epochs - WARM_UP) * args.num_steps * env.num_envs, env.rollouts[WARM_UP]
+    steps = (epochs - WARM_UP) * args.num_steps * env.num_envs
+    begin, begin_cpu = env.rollouts[WARM_UP]
     started = STARTED if name.startswith("train_ppo") else STARTED + BORROWED
-    return {"trainer": name, "env": which, "threads": threads, "seed": seed, "env_steps": env.steps * env.num_envs,
-            "seconds": end - env.rollouts[0][0], "env_steps_per_second": steps / (end - begin),
-            "env_steps_per_cpu_second": steps / (end_cpu - begin_cpu),  # not in the table; for machines that are busy with other things
-            "seconds_to_470": env.solved and env.solved[0] - started, "env_steps_to_470": env.solved and env.solved[1], "peak_mb": peak_mb(),
-            "returns": env.returns}  # of the last 256 episodes, after each epoch; for pictures.py
+    return {
+        "trainer": name,
+        "env": which,
+        "threads": threads,
+        "seed": seed,
+        "env_steps": env.steps * env.num_envs,
+        "seconds": end - env.rollouts[0][0],
+        "env_steps_per_second": steps / (end - begin),
+        # Not in the table; for machines that are busy with other things.
+        "env_steps_per_cpu_second": steps / (end_cpu - begin_cpu),
+        "seconds_to_470": env.solved and env.solved[0] - started,
+        "env_steps_to_470": env.solved and env.solved[1],
+        "peak_mb": peak_mb(),
+        # Of the last 256 episodes, after each epoch; for pictures.py.
+        "returns": env.returns,
+    }
 
 
 def run(name, which, threads, epochs, seed):
@@ -371,32 +497,53 @@ def run(name, which, threads, epochs, seed):
 
 
 def pick_threads(jobs, candidates, epochs):
-    """The number of threads that is fastest for each job: the best of two tries, since noise only ever slows down."""
+    """The number of threads that is fastest for each job: the best of two tries, since noise only
+    ever slows down."""
     if len(candidates) == 1:
         return dict.fromkeys(jobs, candidates[0])
-    tries = [run(*job, count, min(SHORT[job[1]], epochs[job[1]]), 0) for _ in range(2) for job in jobs for count in candidates]
-    tries.sort(key=lambda result: result["env_steps_per_second"])
-    return {(result["trainer"], result["env"]): result["threads"] for result in tries}  # the fastest one stays
+    tries = [
+        run(*job, count, min(SHORT[job[1]], epochs[job[1]]), 0)
+        for _ in range(2)
+        for job in jobs
+        for count in candidates
+    ]
+    tries.sort(
+        key=lambda result: result["env_steps_per_second"]
+    )  # of two the later, faster one stays
+    return {(result["trainer"], result["env"]): result["threads"] for result in tries}
+
+
+def median(runs, key):
+    return statistics.median(math.inf if run[key] is None else run[key] for run in runs)
 
 
 def table(results, names, envs):
     """Markdown, of medians; results[name, env] are the runs."""
-    titles = {"cartpole": ["Cartpole: env steps/s", "seconds to 470", "env steps to 470"], "ant": ["Ant-sized: env steps/s"]}
+    titles = {
+        "cartpole": ["Cartpole: env steps/s", "seconds to 470", "env steps to 470"],
+        "ant": ["Ant-sized: env steps/s"],
+    }
     header = ["", *(title for which in envs for title in [*titles[which], "peak MB", "threads"])]
     rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
     for name in names:
         row = [name]
         for which in envs:
-            runs, ours = results[name, which], results.get(("train_ppo", which))
-            median = lambda key, runs=runs: statistics.median(math.inf if r[key] is None else r[key] for r in runs)  # noqa: E731
-            rate = median("env_steps_per_second")
-            row.append(f"{rate / 1000:.0f}k" + (f" ({rate / median('env_steps_per_second', ours):.2f})" if ours else ""))
+            runs = results[name, which]
+            rate = median(runs, "env_steps_per_second")
+            row.append(f"{rate / 1000:.0f}k")
+            if ("train_ppo", which) in results:
+                ours = median(results["train_ppo", which], "env_steps_per_second")
+                row[-1] += f" ({rate / ours:.2f})"
             if which == "cartpole":
-                solved = sum(r["env_steps_to_470"] is not None for r in runs)
-                reached = f"{median('seconds_to_470'):.1f}", f"{median('env_steps_to_470') / 1000:.0f}k"
-                row += reached if 2 * solved > len(runs) else ("-", "-")
-                row[-1] += f" ({solved} of {len(runs)} runs)" if solved < len(runs) else ""
-            row += [f"{median('peak_mb'):.0f}", str(runs[0]["threads"])]
+                solved = sum(run["env_steps_to_470"] is not None for run in runs)
+                if 2 * solved > len(runs):
+                    row.append(f"{median(runs, 'seconds_to_470'):.1f}")
+                    row.append(f"{median(runs, 'env_steps_to_470') / 1000:.0f}k")
+                else:
+                    row += ["-", "-"]
+                if solved < len(runs):
+                    row[-1] += f" ({solved} of {len(runs)} runs)"
+            row += [f"{median(runs, 'peak_mb'):.0f}", str(runs[0]["threads"])]
         rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -405,17 +552,22 @@ def describe_machine():
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, IndexError), open("/proc/cpuinfo") as file:
         model = file.read().split("model name\t: ")[1].split("\n")[0]
-    return f"{model}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
+    python = platform.python_version()
+    return f"{model}, {os.cpu_count()} cores, {platform.system()}, Python {python}"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
     parser.add_argument("--env", nargs="+", choices=EPOCHS, default=list(EPOCHS))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="if more than one, a short round picks for each trainer")
+    what = "if more than one, a short round picks for each trainer"
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help=what)
     parser.add_argument("--epochs", type=int, help=f"instead of {EPOCHS}; more than {WARM_UP}")
-    parser.add_argument("--one", choices=TRAINERS, help="one training run in this process, with the first of --env and --threads")
+    what = "one training run in this process, with the first of --env and --threads"
+    parser.add_argument("--one", choices=TRAINERS, help=what)
     parser.add_argument("--seed", type=int, default=1, help="of --one; else the round is the seed")
     options = parser.parse_args()
     if options.epochs is not None and options.epochs <= WARM_UP:
@@ -441,8 +593,9 @@ def main():
         for job in jobs[::-1] if i % 2 else jobs:
             results[job].append(run(*job, threads[job], epochs[job[1]], i + 1))
     print(table(results, names, options.env))
-    print(f"\nMedians of {options.repeats} runs; in brackets relative to train_ppo. {describe_machine()}; "
-          + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".")
+    print(f"\nMedians of {options.repeats} runs; in brackets relative to train_ppo.")
+    packages = ", ".join(f"{package} {version}" for package, version in versions.items())
+    print(f"{describe_machine()}; {packages}.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Does train_ppo.py compute what rl_games 1.6.1 computes? From the same weights and the same random draws, epoch by epoch.
+"""Does train_ppo.py compute what rl_games 1.6.1 computes? From the same weights and the same random
+draws, epoch by epoch.
 
     pip install gym==0.23.1 tensorboardX psutil setproctitle pyyaml
     pip install --no-deps --ignore-requires-python rl-games==1.6.1
@@ -6,10 +7,13 @@
     python benchmarks/fidelity.py --rows default relu  these rows alone
     python benchmarks/fidelity.py --list               the names of the rows
 
-A row is an environment with one option changed. Both trainers run it for five epochs, and after each epoch the table shows the
-largest difference between their weights and statistics, relative to the largest number in the tensor, and whether their learning
-rates are equal. Both are reseeded after each epoch, because rl_games draws one random number more at the end of a rollout.
+A row is an environment with one option changed. Both trainers run it for five epochs. The table
+shows the largest difference between their weights and statistics after an epoch, relative to the
+largest number in the tensor, and whether their learning rates are equal. "Same Adam": both use
+torch's plain Adam, as rl_games does; train_ppo.py's fused one rounds differently. Both are reseeded
+after each epoch, because rl_games draws one random number more at the end of a rollout.
 """
+
 import argparse
 import contextlib
 import io
@@ -19,15 +23,16 @@ import tempfile
 import warnings
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import torch  # noqa: E402
+import torch
 
-import train_ppo  # noqa: E402
+import train_ppo
 
 EPOCHS = 5
 
 
 class Reach:
-    """Points that are pushed towards a goal: three actions, staggered clocks, time-outs, and early ends where one leaves the field."""
+    """Points that are pushed towards a goal: three actions, staggered clocks, time-outs, and early
+    ends where a point leaves the field."""
 
     num_obs, num_acts, max_episode_length = 7, 3, 40
 
@@ -59,9 +64,11 @@ ENVS = {"cartpole": train_ppo.Cartpole, "reach": Reach}
 SMALL = dict(num_envs=128, num_steps=16, minibatch_size=512, update_epochs=5, units=(32, 16))
 REACH = dict(SMALL, env="reach", learning_rate=1e-3, reward_scale=1.0)
 
-# name: (arguments, what explains a difference above the limits)
+# name: arguments
 ROWS = {
-    "default": dict(env="cartpole", num_envs=512, num_steps=16, minibatch_size=8192, update_epochs=8),
+    "default": dict(
+        env="cartpole", num_envs=512, num_steps=16, minibatch_size=8192, update_epochs=8
+    ),
     "cartpole, minibatches": dict(SMALL, env="cartpole", num_envs=256, minibatch_size=1024),
     "adaptive legacy": dict(REACH),
     "adaptive standard": dict(REACH, schedule_type="standard"),
@@ -91,7 +98,8 @@ ROWS = {
 
 
 class Recorder(train_ppo.AlgoObserver):
-    """Runs in either trainer: gives it the initial weights, and after each epoch notes its state and reseeds."""
+    """Runs in either trainer. It sets the initial weights; after each epoch it notes the state and
+    reseeds."""
 
     def __init__(self, weights, seed, same_adam=False):
         self.weights, self.seed, self.same_adam = weights, seed, same_adam
@@ -106,9 +114,9 @@ class Recorder(train_ppo.AlgoObserver):
         torch.manual_seed(self.seed)
 
     def after_print_stats(self, frame, epoch_num, total_time):
-        self.states.append({name: value.detach().clone() for name, value in self.algo.model.state_dict().items()})
-        rate = self.algo.optimizer.param_groups[0]["lr"]
-        self.rates.append(float(rate))
+        state = self.algo.model.state_dict()
+        self.states.append({name: value.detach().clone() for name, value in state.items()})
+        self.rates.append(float(self.algo.optimizer.param_groups[0]["lr"]))
         torch.manual_seed(self.seed + epoch_num)
 
 
@@ -117,9 +125,14 @@ def make_env(row, seed):
     return ENVS[row["env"]](row["num_envs"], torch.device("cpu"))
 
 
-def train_ours(row, recorder, folder):
+def make_args(row, seed, folder):
     values = {name: value for name, value in row.items() if name != "env"}
-    args = train_ppo.Args(**values, max_epochs=EPOCHS, save_frequency=0, train_dir=folder, seed=recorder.seed)
+    values.update(max_epochs=EPOCHS, save_frequency=0, train_dir=folder, seed=seed, device="cpu")
+    return train_ppo.Args(**values)
+
+
+def train_ours(row, recorder, folder):
+    args = make_args(row, recorder.seed, folder)
     env, made = make_env(row, recorder.seed), train_ppo.make_env
     train_ppo.make_env = lambda _: env
     try:
@@ -130,29 +143,72 @@ def train_ours(row, recorder, folder):
 
 def rl_games_params(args, **config):
     """`args` as the `params` of an rl_games yaml file; `config` is added to its config."""
-    none, default = {"name": "None"}, {"name": "default"}
-    sigma = {"name": "const_initializer", "val": args.sigma_init}
-    space = {
-        "mu_activation": "None", "sigma_activation": "None", "mu_init": default, "sigma_init": sigma, "fixed_sigma": True,
+    none = {"name": "None"}
+    default = {"name": "default"}
+    normal = {
+        "mu_activation": "None",
+        "sigma_activation": "None",
+        "mu_init": default,
+        "sigma_init": {"name": "const_initializer", "val": args.sigma_init},
+        "fixed_sigma": True,
     }
-    mlp = {"units": list(args.units), "activation": args.activation, "initializer": default, "regularizer": none}
+    mlp = {
+        "units": list(args.units),
+        "activation": args.activation,
+        "initializer": default,
+        "regularizer": none,
+    }
+    network = {
+        "name": "actor_critic",
+        "separate": args.separate,
+        "mlp": mlp,
+        "space": {"continuous": normal},
+    }
     settings = {
-        "name": "theirs", "env_name": "fidelity", "device": "cpu", "device_name": "cpu", "ppo": True, "multi_gpu": False,
-        "mixed_precision": False, "print_stats": False, "save_frequency": 0, "save_best_after": 10**9, "score_to_win": 1e9,
-        "seq_length": 4, "max_epochs": args.max_epochs, "num_actors": args.num_envs, "horizon_length": args.num_steps,
-        "minibatch_size": min(args.minibatch_size, args.num_envs * args.num_steps), "mini_epochs": args.update_epochs,
-        "learning_rate": args.learning_rate, "lr_schedule": args.lr_schedule, "schedule_type": args.schedule_type,
-        "kl_threshold": args.kl_threshold, "gamma": args.gamma, "tau": args.gae_lambda, "e_clip": args.clip_coef,
-        "clip_value": args.clip_vloss, "critic_coef": args.vf_coef, "entropy_coef": args.ent_coef,
-        "bounds_loss_coef": args.bounds_loss_coef, "truncate_grads": args.max_grad_norm > 0, "grad_norm": args.max_grad_norm,
-        "normalize_advantage": args.norm_adv, "normalize_input": args.normalize_input, "normalize_value": args.normalize_value,
-        "value_bootstrap": args.value_bootstrap, "clip_actions": args.clip_actions,
-        "reward_shaper": {"scale_value": args.reward_scale}, **config,
+        "name": "theirs",
+        "env_name": "fidelity",
+        "device": "cpu",
+        "device_name": "cpu",
+        "ppo": True,
+        "multi_gpu": False,
+        "mixed_precision": False,
+        "print_stats": False,
+        "save_frequency": 0,
+        "save_best_after": 10**9,
+        "score_to_win": 1e9,
+        "seq_length": 4,
+        "max_epochs": args.max_epochs,
+        "num_actors": args.num_envs,
+        "horizon_length": args.num_steps,
+        "minibatch_size": min(args.minibatch_size, args.num_envs * args.num_steps),
+        "mini_epochs": args.update_epochs,
+        "learning_rate": args.learning_rate,
+        "lr_schedule": args.lr_schedule,
+        "schedule_type": args.schedule_type,
+        "kl_threshold": args.kl_threshold,
+        "gamma": args.gamma,
+        "tau": args.gae_lambda,
+        "e_clip": args.clip_coef,
+        "clip_value": args.clip_vloss,
+        "critic_coef": args.vf_coef,
+        "entropy_coef": args.ent_coef,
+        "bounds_loss_coef": args.bounds_loss_coef,
+        "truncate_grads": args.max_grad_norm > 0,
+        "grad_norm": args.max_grad_norm,
+        "normalize_advantage": args.norm_adv,
+        "normalize_input": args.normalize_input,
+        "normalize_value": args.normalize_value,
+        "value_bootstrap": args.value_bootstrap,
+        "clip_actions": args.clip_actions,
+        "reward_shaper": {"scale_value": args.reward_scale},
+        **config,
     }
-    network = {"name": "actor_critic", "separate": args.separate, "mlp": mlp, "space": {"continuous": space}}
     return {
-        "seed": args.seed, "algo": {"name": "a2c_continuous"}, "model": {"name": "continuous_a2c_logstd"},
-        "network": network, "config": settings,
+        "seed": args.seed,
+        "algo": {"name": "a2c_continuous"},
+        "model": {"name": "continuous_a2c_logstd"},
+        "network": network,
+        "config": settings,
     }
 
 
@@ -174,7 +230,10 @@ def rl_games_runner(env, args, observer=None, **config):
 
         def get_env_info(self):
             box = gym.spaces.Box
-            return {"action_space": box(-1, 1, (env.num_acts,)), "observation_space": box(-9, 9, (env.num_obs,))}
+            return {
+                "action_space": box(-1, 1, (env.num_acts,)),
+                "observation_space": box(-9, 9, (env.num_obs,)),
+            }
 
     vecenv.register("FIDELITY", lambda *_, **__: VecEnv())
     env_configurations.register("fidelity", {"vecenv_type": "FIDELITY", "env_creator": None})
@@ -184,19 +243,17 @@ def rl_games_runner(env, args, observer=None, **config):
 
 
 def train_theirs(row, recorder, folder):
-    values = {name: value for name, value in row.items() if name != "env"}
-    args = train_ppo.Args(**values, max_epochs=EPOCHS, seed=recorder.seed)
+    args = make_args(row, recorder.seed, folder)
     runner = rl_games_runner(make_env(row, recorder.seed), args, recorder, train_dir=folder)
     runner.run({"train": True, "play": False})
 
 
 def compare(row, seed=1, same_adam=False):
-    """-> for each epoch the largest relative difference, and the learning rates of both."""
+    """For each epoch the largest relative difference; our learning rates; and theirs."""
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", FutureWarning)  # rl_games 1.6.1 is older than torch's present names for autocast
+    warnings.simplefilter("ignore", FutureWarning)  # rl_games uses old names of torch's autocast
     env = make_env(row, seed)
-    values = {name: value for name, value in row.items() if name != "env"}
-    model = train_ppo.make_model(train_ppo.Args(**values), env.num_obs, env.num_acts)
+    model = train_ppo.ActorCritic(env.num_obs, env.num_acts, make_args(row, seed, ""))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     ours, theirs = Recorder(weights, seed, same_adam), Recorder(weights, seed)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -205,12 +262,15 @@ def compare(row, seed=1, same_adam=False):
     differences = []
     for a, b in zip(ours.states, theirs.states):
         assert a.keys() == b.keys()
-        differences.append(max(float((a[k] - b[k]).abs().max() / b[k].abs().max().clamp(min=1e-3)) for k in a))
+        relative = [(a[k] - b[k]).abs().max() / b[k].abs().max().clamp(min=1e-3) for k in a]
+        differences.append(max(float(x) for x in relative))
     return differences, ours.rates, theirs.rates
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--list", action="store_true", help="print the names of the rows")
@@ -218,14 +278,16 @@ def main():
     if options.list:
         print("\n".join(ROWS))
         return
-    print("| row | epoch 1 | epoch 5 | same Adam: epoch 1 | epoch 5 | learning rates |\n|---|---:|---:|---:|---:|---|")
+    print("| row | epoch 1 | epoch 5 | same Adam: epoch 1 | epoch 5 | learning rates |")
+    print("|---|---:|---:|---:|---:|---|")
     for name in options.rows:
         differences, ours, theirs = compare(ROWS[name], options.seed)
         exact, *_ = compare(ROWS[name], options.seed, same_adam=True)
         same = all(abs(a - b) <= 1e-5 * b for a, b in zip(ours, theirs))
         rates = f"equal, {theirs[0]:.1e} to {theirs[-1]:.1e}" if same else f"{ours} and {theirs}"
         figures = (differences[0], differences[-1], exact[0], exact[-1])
-        print(f"| {name} | " + " | ".join(f"{x:.0e}" if x else "0" for x in figures) + f" | {rates} |", flush=True)
+        cells = [name, *(f"{x:.0e}" if x else "0" for x in figures), rates]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What observers, metrics and checkpoints cost: the default job with all of them on against all of them off.
+"""What observers, metrics and checkpoints cost: the default job with and without them.
 
     python benchmarks/overhead.py [PAIRS]
 
-Both jobs train in one process and take turns of five epochs, so that a machine that gets slower or faster slows or speeds up both. A pair
-is two such trainings, in the second of which the other job starts first: the first one to start is slower, also if both do the same.
+Both jobs train in one process and take turns of five epochs, so that a machine that gets slower or
+faster does so for both. In the second half of a pair the other job starts first, because whoever
+starts first is slower, also if both do the same.
 """
+
 import contextlib
 import io
 import os
@@ -17,88 +19,83 @@ import time
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import train_ppo  # noqa: E402
-from train_ppo import Args, Cartpole, MultiObserver, PPOAgent, RLGPUAlgoObserver, Runner  # noqa: E402
+import train_ppo
 
 TURN = 5  # epochs
+WITH, WITHOUT = "with", "without"  # the jobs, by the names of their runs
 turns = threading.Condition()
-whose, seconds = [True], {True: 0.0, False: 0.0}  # True: with everything on
+whose = [WITH]
+seconds = {WITH: 0.0, WITHOUT: 0.0}
 
 
-class Bare(PPOAgent):
-    """The loop without metrics and checkpoints."""
+class TurnTaking(train_ppo.Cartpole):
+    """Waits before every fifth epoch until the other job has had its turn."""
 
-    def write_stats(self, *_) -> None:
-        pass
-
-    def save(self, *_, **__) -> bool:
-        return True
-
-    def save_checkpoints(self, *_) -> None:
-        pass
-
-
-class TurnTaking(Cartpole):
-    """Its first step of every fifth epoch waits until the other job has had its turn."""
-
-    def __init__(self, num_envs, device, on):
-        super().__init__(num_envs, device)
-        self.on, self.start = on, None
+    def __init__(self, args: train_ppo.Args):
+        super().__init__(args.num_envs, torch.device("cpu"))
+        self.job = args.experiment
+        self.start = None
 
     def set_train_info(self, frame, algo):
         if (algo.epoch_num - 1) % TURN == 0:
             self.pass_on()
             with turns:
-                turns.wait_for(lambda: whose[0] == self.on)
+                turns.wait_for(lambda: whose[0] == self.job)
             self.start = time.perf_counter()
+
+    def close(self):
+        self.pass_on()
 
     def pass_on(self):
         if self.start is not None:
-            seconds[self.on] += time.perf_counter() - self.start
+            seconds[self.job] += time.perf_counter() - self.start
             with turns:
-                whose[0] = not self.on
+                whose[0] = WITHOUT if self.job == WITH else WITH
                 turns.notify_all()
 
 
-def job(folder: str, on: bool) -> None:
-    args = Args(train_dir=folder, experiment=str(on))
-    runner = Runner(args, MultiObserver([RLGPUAlgoObserver()] if on else []))
-    torch.set_num_threads(args.torch_threads)  # it is a setting of the thread
-    env = TurnTaking(args.num_envs, torch.device("cpu"), on)
-    runner.train(env, "", None)
+def leave_out(name: str) -> None:
+    """Let the job without do nothing where train_ppo calls this function with its agent."""
+    function = getattr(train_ppo, name)
+
+    def called(agent, *args, **kwargs):
+        if agent.args.experiment == WITH:
+            function(agent, *args, **kwargs)
+
+    setattr(train_ppo, name, called)
 
 
-def train_both(first: bool) -> None:
+def train(job: str, folder: str) -> None:
+    args = train_ppo.Args(train_dir=folder, experiment=job, device="cpu", sim="torch")
+    observers = [train_ppo.RLGPUAlgoObserver()] if job == WITH else []
+    train_ppo.Runner(args, train_ppo.MultiObserver(observers)).run()
+
+
+def train_both(first: str, second: str) -> None:
     whose[0] = first
-    full, bare_thread, train = PPOAgent, None, PPOAgent.train
-
-    def train_then_pass_on(agent):
-        train(agent)
-        agent.env.pass_on()
-
-    PPOAgent.train = train_then_pass_on
-    # each Runner looks its agent up by name: the thread decides which it gets
-    train_ppo.PPOAgent = lambda *args: (Bare if threading.current_thread() is bare_thread else full)(*args)
-    try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            jobs = {on: threading.Thread(target=job, args=(folder, on)) for on in (first, not first)}
-            bare_thread = jobs[False]
-            for thread in jobs.values():
-                thread.start()
-            for thread in jobs.values():
-                thread.join()
-    finally:
-        PPOAgent.train, train_ppo.PPOAgent = train, full
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        threads = [threading.Thread(target=train, args=(job, folder)) for job in (first, second)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
 
 if __name__ == "__main__":
     pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    train_both(True)  # warm up
+    train_ppo.make_env = TurnTaking
+    for name in ("log_epoch", "save_checkpoints", "save"):
+        leave_out(name)
+    train_both(WITH, WITHOUT)  # warm up
     overheads = []
     for i in range(pairs):
-        seconds.update({True: 0.0, False: 0.0})
-        train_both(True)
-        train_both(False)
-        overheads.append(100 * (seconds[True] / seconds[False] - 1))
-        print(f"pair {i + 1}: on {seconds[True]:.2f} s, off {seconds[False]:.2f} s: {overheads[-1]:+.1f} %", flush=True)
+        seconds.update({WITH: 0.0, WITHOUT: 0.0})
+        train_both(WITH, WITHOUT)
+        train_both(WITHOUT, WITH)
+        overheads.append(100 * (seconds[WITH] / seconds[WITHOUT] - 1))
+        print(
+            f"pair {i + 1}: with {seconds[WITH]:.2f} s, without {seconds[WITHOUT]:.2f} s: "
+            f"{overheads[-1]:+.1f} %",
+            flush=True,
+        )
     print(f"median of {pairs} pairs: {statistics.median(overheads):+.1f} %")
