@@ -1341,7 +1341,7 @@ def restore_agent(agent: PPOAgent, state: Dict[str, Any], path: str) -> bool:
             torch.set_rng_state(rng["torch"])
             if rng["cuda"] is not None and agent.device.type == "cuda":
                 torch.cuda.set_rng_state(rng["cuda"], agent.device)
-        agent.first_epoch = state["first_epoch"] if exact else agent.epoch_num
+        agent.first_epoch = int(state["first_epoch"]) if exact else agent.epoch_num
         agent.whole_epoch = agent.epoch_num
     return exact
 
