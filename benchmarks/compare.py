@@ -2,7 +2,8 @@
 clock; one table.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/compare.py                             the table, half an hour on 2 cores
+    python benchmarks/compare.py                             both tables, half an hour on 2 cores
+    python benchmarks/compare.py --env mujoco-ant            examples/mujoco_ant.py; hours
     python benchmarks/compare.py --trainers train_ppo skrl --env cartpole --repeats 1
     python benchmarks/compare.py --one skrl --env cartpole   one training run: one line of JSON
 
@@ -12,7 +13,7 @@ for each the number of threads with which it is faster.
 
     env steps/s   from the 4th rollout to the end of training, all included
     to 470        from process start, imports included, until the last 256 finished episodes have a
-                  mean return of 470
+                  mean return of 470; 3000 for mujoco-ant
     peak memory   the largest resident set of the process
 
 All of this is measured by the same code, in a wrapper around the env, and everyone trains the same
@@ -50,8 +51,13 @@ if "--one" in sys.argv:
     # clock.
     BORROWED = time.time() - began
 
-EPOCHS = {"cartpole": 100, "ant": 23}
-SHORT = {"cartpole": 30, "ant": 6}  # epochs of the runs that pick the number of threads
+EPOCHS = {"cartpole": 100, "ant": 23, "mujoco-ant": 300}
+SHORT = {
+    "cartpole": 30,
+    "ant": 6,
+    "mujoco-ant": 10,
+}  # epochs of the runs that pick the number of threads
+TARGETS = {"cartpole": 470.0, "ant": math.inf, "mujoco-ant": 3000.0}  # mean return
 WARM_UP = 3  # epochs before the clock of env steps/s starts
 # As in AntPPO.yaml; the rest as for Cartpole.
 ANT = dict(num_envs=4096, minibatch_size=32768, update_epochs=4, units=(256, 128, 64))
@@ -93,8 +99,9 @@ class Meter:
     """Wraps the env of every trainer alike. It notes when each rollout began, and the returns of
     finished episodes, looked at once a rollout."""
 
-    def __init__(self, env, num_steps):
+    def __init__(self, env, num_steps, target):
         self.env = env
+        self.target = target
         self.steps = 0
         self.rollouts = []
         self.solved = None
@@ -102,6 +109,7 @@ class Meter:
         self.finished = torch.zeros(num_steps, env.num_envs)  # where no episode ended: nan
         self.window = torch.zeros(0)
         self.returns = []
+        self.metres = []  # that the ants whose episode ended in this rollout have walked
 
     def __getattr__(self, name):
         return getattr(self.env, name)
@@ -113,8 +121,10 @@ class Meter:
         t = self.steps % len(self.finished)
         if t == 0:
             self.rollouts.append((time.time(), time.process_time()))
+            self.metres.append([])
         obs, reward, done, infos = self.env.step(actions)
         self.steps += 1
+        self.metres[-1] += infos.get("episode", {}).get("metres", torch.zeros(0)).tolist()
         over = done.bool()
         self.running += reward
         self.finished[t] = torch.where(over, self.running, math.nan)
@@ -122,7 +132,11 @@ class Meter:
         if t == len(self.finished) - 1:
             self.window = torch.cat((self.window, self.finished[~self.finished.isnan()]))[-256:]
             self.returns.append(round(float(self.window.mean()), 1) if len(self.window) else None)
-            if self.solved is None and len(self.window) == 256 and self.window.mean() >= 470.0:
+            if (
+                self.solved is None
+                and len(self.window) == 256
+                and self.window.mean() >= self.target
+            ):
                 self.solved = (time.time(), self.steps * self.num_envs)
         return obs, reward, done, infos
 
@@ -161,8 +175,10 @@ def rl_games(env, args, folder, torch_compile=False):
     # Differs: TensorBoard cannot be turned off; 1.6.5 lets the statistics of the observations move
     # in every pass.
     from fidelity import rl_games_params
-    from rl_games.common import env_configurations, vecenv
+    from rl_games.common import env_configurations, experience, vecenv
     from rl_games.torch_runner import Runner
+
+    Box = experience.gym.spaces.Box  # of gym with 1.6.1, of gymnasium with 1.6.5
 
     class Env(vecenv.IVecEnv):
         step = staticmethod(env.step)
@@ -172,8 +188,8 @@ def rl_games(env, args, folder, torch_compile=False):
             return 1
 
         def get_env_info(self):
-            observations, actions = spaces(env)
-            return {"observation_space": observations, "action_space": actions}
+            observations = Box(-math.inf, math.inf, (env.num_obs,))
+            return {"observation_space": observations, "action_space": Box(-1, 1, (env.num_acts,))}
 
     vecenv.register("compare", lambda *_, **__: Env())
     env_configurations.register("compare", {"vecenv_type": "compare", "env_creator": None})
@@ -349,7 +365,7 @@ def skrl(env, args, folder):
 
 
 def stable_baselines3(env, args, folder):
-    # Differs: no adaptive learning rate, so a fixed one, the best of four from 3e-3 to 1e-2; no
+    # Differs: no adaptive learning rate, so a fixed one, for Cartpole the best of four; no
     # value normalisation, and therefore no value clipping, which would go by absolute size;
     # observation statistics move at every step; advantages are normalised by minibatch; no bounds
     # loss; orthogonal initial weights, Adam's epsilon is 1e-5; where the clock cut an episode, as
@@ -401,7 +417,7 @@ def stable_baselines3(env, args, folder):
     ppo = PPO(
         "MlpPolicy",
         venv,
-        learning_rate=5e-3,
+        learning_rate=5e-3 if env.num_obs == 4 else args.learning_rate,
         n_steps=args.num_steps,
         batch_size=args.minibatch_size,
         n_epochs=args.update_epochs,
@@ -453,12 +469,18 @@ def one(name, which, threads, epochs, seed):
     settings = dict(max_epochs=epochs, seed=seed, torch_threads=threads, device="cpu", sim="torch")
     if which == "ant":
         settings.update(ANT)
+    if which == "mujoco-ant":
+        from examples.mujoco_ant import SETTINGS, MujocoAnt
+
+        settings = {**SETTINGS, **settings}
     args = train_ppo.Args(**settings)  # all else as in CartpolePPO.yaml
     if which == "ant":
         env = Synthetic(args.num_envs)
+    elif which == "mujoco-ant":
+        env = MujocoAnt(args.num_envs)
     else:
         env = train_ppo.Cartpole(args.num_envs, torch.device("cpu"))
-    env = Meter(env, args.num_steps)
+    env = Meter(env, args.num_steps, TARGETS[which])
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         TRAINERS[name][0](env, args, folder)
         end, end_cpu = time.time(), time.process_time()
@@ -476,11 +498,12 @@ def one(name, which, threads, epochs, seed):
         "env_steps_per_second": steps / (end - begin),
         # Not in the table; for machines that are busy with other things.
         "env_steps_per_cpu_second": steps / (end_cpu - begin_cpu),
-        "seconds_to_470": env.solved and env.solved[0] - started,
-        "env_steps_to_470": env.solved and env.solved[1],
+        "seconds_to_target": env.solved and env.solved[0] - started,
+        "env_steps_to_target": env.solved and env.solved[1],
         "peak_mb": peak_mb(),
         # Of the last 256 episodes, after each epoch; for pictures.py.
         "returns": env.returns,
+        "metres": [round(statistics.mean(metres), 2) if metres else None for metres in env.metres],
     }
 
 
@@ -517,33 +540,30 @@ def median(runs, key):
     return statistics.median(math.inf if run[key] is None else run[key] for run in runs)
 
 
-def table(results, names, envs):
-    """Markdown, of medians; results[name, env] are the runs."""
-    titles = {
-        "cartpole": ["Cartpole: env steps/s", "seconds to 470", "env steps to 470"],
-        "ant": ["Ant-sized: env steps/s"],
-    }
-    header = ["", *(title for which in envs for title in [*titles[which], "peak MB", "threads"])]
+def table(results, names, which):
+    """Markdown, of medians, for one task; results[name, which] are the runs."""
+    target = TARGETS[which]
+    header = ["", f"{which}: env steps/s", "peak MB", "threads"]
+    if math.isfinite(target):
+        header += [f"seconds to {target:.0f}", f"env steps to {target:.0f}"]
     rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
     for name in names:
-        row = [name]
-        for which in envs:
-            runs = results[name, which]
-            rate = median(runs, "env_steps_per_second")
-            row.append(f"{rate / 1000:.0f}k")
-            if ("train_ppo", which) in results:
-                ours = median(results["train_ppo", which], "env_steps_per_second")
-                row[-1] += f" ({rate / ours:.2f})"
-            if which == "cartpole":
-                solved = sum(run["env_steps_to_470"] is not None for run in runs)
-                if 2 * solved > len(runs):
-                    row.append(f"{median(runs, 'seconds_to_470'):.1f}")
-                    row.append(f"{median(runs, 'env_steps_to_470') / 1000:.0f}k")
-                else:
-                    row += ["-", "-"]
-                if solved < len(runs):
-                    row[-1] += f" ({solved} of {len(runs)} runs)"
-            row += [f"{median(runs, 'peak_mb'):.0f}", str(runs[0]["threads"])]
+        runs = results[name, which]
+        rate = median(runs, "env_steps_per_second")
+        row = [name, f"{rate / 1000:.0f}k"]
+        if ("train_ppo", which) in results:
+            ours = median(results["train_ppo", which], "env_steps_per_second")
+            row[-1] += f" ({rate / ours:.2f})"
+        row += [f"{median(runs, 'peak_mb'):.0f}", str(runs[0]["threads"])]
+        if math.isfinite(target):
+            solved = sum(run["env_steps_to_target"] is not None for run in runs)
+            if 2 * solved > len(runs):
+                row.append(f"{median(runs, 'seconds_to_target'):.1f}")
+                row.append(f"{median(runs, 'env_steps_to_target') / 1000:.0f}k")
+            else:
+                row += ["-", "-"]
+            if solved < len(runs):
+                row[-1] += f" ({solved} of {len(runs)} runs)"
         rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -561,7 +581,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
-    parser.add_argument("--env", nargs="+", choices=EPOCHS, default=list(EPOCHS))
+    parser.add_argument("--env", nargs="+", choices=EPOCHS, default=["cartpole", "ant"])
     parser.add_argument("--repeats", type=int, default=5)
     what = "if more than one, a short round picks for each trainer"
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help=what)
@@ -592,8 +612,9 @@ def main():
     for i in range(options.repeats):
         for job in jobs[::-1] if i % 2 else jobs:
             results[job].append(run(*job, threads[job], epochs[job[1]], i + 1))
-    print(table(results, names, options.env))
-    print(f"\nMedians of {options.repeats} runs; in brackets relative to train_ppo.")
+    for which in options.env:
+        print(table(results, names, which), end="\n\n")
+    print(f"Medians of {options.repeats} runs; in brackets relative to train_ppo.")
     packages = ", ".join(f"{package} {version}" for package, version in versions.items())
     print(f"{describe_machine()}; {packages}.")
 

@@ -4,6 +4,11 @@ pip install -r benchmarks/requirements.txt matplotlib
 python benchmarks/pictures.py cartpole       cartpole.gif: the first policy and the trained one
 python benchmarks/pictures.py curves         curves.png: five seeds here and with rl_games
                                              (three minutes on 2 cores)
+python benchmarks/pictures.py ant            ant.gif: MuJoCo's Ant before and after training
+                                             (five minutes; mujoco)
+python benchmarks/pictures.py ant_curves     ant_curves.png: five seeds here and with rl_games
+                                             (an hour; mujoco)
+python benchmarks/pictures.py states         states.png: a critic with and without the exact state
 python benchmarks/pictures.py tensorboard    tensorboard.png: the page of a real run, by Chromium
 """
 
@@ -20,38 +25,51 @@ TOP = os.path.dirname(HERE)
 DOCS = os.path.join(TOP, "docs")
 
 
-def train(folder: str, script: str) -> None:
-    command = [sys.executable, os.path.join(TOP, script), "--experiment", "Cartpole"]
-    subprocess.run(command, cwd=folder, check=True)
+def train(folder: str, script: str, *flags: str) -> str:
+    """The folder of a training with the default settings."""
+    command = [sys.executable, os.path.join(TOP, script), "--train-dir", folder, *flags]
+    subprocess.run([*command, "--experiment", "run"], cwd=TOP, check=True)
+    return os.path.join(folder, "run")
 
 
 def cartpole() -> None:
     """Four environments in the first epochs of a training, beside four with its best policy."""
+    titles = ("epochs 1 to 13", "after 100 epochs, some seconds of training")
+    before_and_after("cartpole.gif", [], titles, size=(405, 216), steps=range(0, 200, 2))
+
+
+def ant() -> None:
+    """An ant in the first epochs of a training, beside one with its best policy."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    env = ["--env-id", "examples.mujoco_ant:make_env"]
+    titles = ("epochs 1 to 13", "after 300 epochs, some minutes on two CPU cores")
+    before_and_after("ant.gif", env, titles, size=(400, 300), steps=range(0, 198, 3))
+
+
+def before_and_after(name: str, env, titles, size, steps) -> None:
+    """docs/<name>: the video of epoch 1 beside a film of best.pth, those steps of each."""
     from PIL import Image, ImageDraw
 
     script = os.path.join("examples", "record_video.py")
     with tempfile.TemporaryDirectory() as folder:
-        train(folder, script)
-        run_dir = os.path.join("runs", "Cartpole")
-        film = ["--film", os.path.join(run_dir, "nn", "best.pth"), "best.gif"]
-        subprocess.run([sys.executable, os.path.join(TOP, script), *film], cwd=folder, check=True)
-        first = Image.open(os.path.join(folder, run_dir, "videos", "epoch_1.gif"))
-        best = Image.open(os.path.join(folder, "best.gif"))
+        run_dir = train(folder, script, *env)
+        best = os.path.join(folder, "best.gif")
+        film = ["--film", os.path.join(run_dir, "nn", "best.pth"), best, *env]
+        subprocess.run([sys.executable, os.path.join(TOP, script), *film], cwd=TOP, check=True)
+        first = Image.open(os.path.join(run_dir, "videos", "epoch_1.gif"))
+        width, height = size
         frames = []
-        for t in range(0, 200, 2):
-            picture = Image.new("RGB", (820, 250), "white")
+        for t in steps:
+            picture = Image.new("RGB", (2 * width + 10, height + 34), "white")
             draw = ImageDraw.Draw(picture)
-            sides = (
-                (first, "epochs 1 to 13"),
-                (best, "after 100 epochs, some seconds of training"),
-            )
-            for i, (gif, title) in enumerate(sides):
+            for i, gif in enumerate((first, Image.open(best))):
                 go_to(gif, t)
-                picture.paste(gif.convert("RGB").resize((405, 216)), (i * 410 + 2, 30))
-                draw.text((i * 410 + 10, 10), title, fill="black", font_size=14)
+                picture.paste(gif.convert("RGB").resize(size), (i * (width + 5) + 2, 30))
+                draw.text((i * (width + 5) + 10, 10), titles[i], fill="black", font_size=14)
             frames.append(picture.quantize(64))
-    path = os.path.join(DOCS, "cartpole.gif")
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=40, loop=0)
+    step = 20 * (steps[1] - steps[0])  # milliseconds
+    rest = dict(save_all=True, append_images=frames[1:], duration=step, loop=0)
+    frames[0].save(os.path.join(DOCS, name), **rest)
 
 
 def go_to(gif, t: int) -> None:
@@ -64,7 +82,8 @@ def go_to(gif, t: int) -> None:
             return
 
 
-def curves() -> None:
+def draw_curves(name: str, runs, steps, ylabel: str) -> None:
+    """docs/<name>.png. runs: {label: one list of returns, an entry an epoch, for each seed}."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -72,25 +91,62 @@ def curves() -> None:
     import numpy as np
 
     figure, axes = plt.subplots(figsize=(8, 4), facecolor="white")
-    steps = [512 * 16 * epoch / 1000 for epoch in range(1, 101)]
-    for name, color in (("rl_games", "#d9822b"), ("train_ppo", "#1f4e79")):
-        runs = []
-        for seed in range(1, 6):
-            command = [sys.executable, os.path.join(HERE, "compare.py"), "--one", name]
-            command += ["--env", "cartpole", "--threads", "1", "--seed", str(seed)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-            runs.append(json.loads(done.stdout)["returns"])
-            axes.plot(steps, runs[-1], color=color, alpha=0.3, linewidth=1)
-        means = np.array(runs, float).mean(0)  # None, before an episode ended, becomes nan
-        label = f"{name}, mean of seeds 1 to 5"
-        axes.plot(steps, means, color=color, linewidth=2.5, label=label)
-        print(name, {epoch: round(means[epoch - 1]) for epoch in (20, 40, 60, 80, 100)})
-    axes.set(xlabel="thousand env steps", ylabel="mean return of the last 256 episodes")
-    axes.set(xlim=(0, 820), ylim=(0, 510))
+    for (label, lines), color in zip(runs.items(), ("#d9822b", "#1f4e79")):
+        for line in lines:
+            axes.plot(steps, line, color=color, alpha=0.3, linewidth=1)
+        means = np.array(lines, float).mean(0)  # None, before an episode ended, becomes nan
+        axes.plot(steps, means, color=color, linewidth=2.5, label=f"{label}, mean of 5 seeds")
+        some = range(len(means) // 5 - 1, len(means), len(means) // 5)
+        print(label, {epoch + 1: round(means[epoch]) for epoch in some})
+    axes.set(xlabel="million env steps", ylabel=ylabel, ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.tight_layout()
-    figure.savefig(os.path.join(DOCS, "curves.png"), dpi=110)
+    figure.savefig(os.path.join(DOCS, f"{name}.png"), dpi=110)
+
+
+def compare_runs(env: str):
+    """{trainer: five lists of returns} by compare.py, each run a process of its own."""
+    runs = {"rl_games": [], "train_ppo": []}
+    for seed in range(1, 6):
+        for name, lines in runs.items():
+            command = [sys.executable, os.path.join(HERE, "compare.py"), "--one", name]
+            command += ["--env", env, "--threads", "1", "--seed", str(seed)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+            print(done.stdout.decode().strip(), file=sys.stderr)
+            lines.append(json.loads(done.stdout)["returns"])
+    return runs
+
+
+def curves() -> None:
+    steps = [512 * 16 * epoch / 1e6 for epoch in range(1, 101)]
+    draw_curves("curves", compare_runs("cartpole"), steps, "mean return of the last 256 episodes")
+
+
+def ant_curves() -> None:
+    steps = [1024 * 16 * epoch / 1e6 for epoch in range(1, 301)]
+    what = "mean return of the last 256 episodes"
+    draw_curves("ant_curves", compare_runs("mujoco-ant"), steps, what)
+
+
+def states() -> None:
+    """examples/privileged_critic.py, whose critic sees the exact state, and its blind twin."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runs = {"critic sees what the actor sees": [], "critic sees the exact state": []}
+    for seed in range(1, 6):
+        for lines, factory in zip(runs.values(), ("make_blind_env", "make_env")):
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, os.path.join(TOP, "train_ppo.py"), "--separate"]
+                command += ["--env-id", f"examples.privileged_critic:{factory}"]
+                command += ["--seed", str(seed), "--train-dir", folder, "--experiment", "run"]
+                subprocess.run(command, cwd=TOP, check=True, stdout=subprocess.DEVNULL)
+                events = EventAccumulator(os.path.join(folder, "run", "summaries"))
+                events.Reload()
+                found = {event.step: event.value for event in events.Scalars("rewards/iter")}
+                lines.append([found.get(epoch) for epoch in range(1, 151)])
+    steps = [512 * 16 * epoch / 1e6 for epoch in range(1, 151)]
+    draw_curves("states", runs, steps, "mean return of the last 100 episodes")
 
 
 def tensorboard() -> None:
@@ -105,7 +161,7 @@ def tensorboard() -> None:
     browser = ["chromium", *(f"--{flag}" for flag in flags.split())]
     with tempfile.TemporaryDirectory() as folder:
         train(folder, "train_ppo.py")
-        command = [sys.executable, "-m", "tensorboard.main", "--logdir", "runs", "--port", "6116"]
+        command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--port", "6116"]
         server = subprocess.Popen(command, cwd=folder)
         try:
             time.sleep(15)
@@ -117,7 +173,8 @@ def tensorboard() -> None:
 
 
 if __name__ == "__main__":
-    pictures = {"cartpole": cartpole, "curves": curves, "tensorboard": tensorboard}
+    pictures = {"cartpole": cartpole, "curves": curves, "ant": ant, "ant_curves": ant_curves}
+    pictures.update(states=states, tensorboard=tensorboard)
     if len(sys.argv) != 2 or sys.argv[1] not in pictures:
         sys.exit(__doc__)
     pictures[sys.argv[1]]()
