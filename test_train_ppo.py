@@ -1645,6 +1645,76 @@ def test_mixed_precision_does_nothing_on_a_cpu(here, capsys):
     assert differences(plain["model"], mixed["model"]) == []
 
 
+# -------------------------------------------------------------------------------- privileged critic
+
+PRIVILEGED = ["--env-id", "examples.privileged_critic:make_env", "--num-envs", "64"]
+PRIVILEGED += ["--minibatch-size", "512", "--device", "cpu"]
+
+
+def test_privileged_critic_is_continued_played_and_exported_by_observations_alone(here):
+    """4 + 4 epochs are 8 to the last bit; play and export do without the states."""
+    sys.path.insert(0, str(HERE))
+    main([*PRIVILEGED, "--experiment", "whole", "--max-epochs", "8"])
+    main([*PRIVILEGED, "--experiment", "parts", "--max-epochs", "4"])
+    main([*PRIVILEGED, "--checkpoint", "runs/parts", "--max-epochs", "8"])
+    assert same_state("runs/whole/nn/last.pth", "runs/parts/nn/last.pth") == []
+    state = load_checkpoint("runs/whole/nn/last.pth")
+    assert state["num_states"] == 4
+    moments = state["optimizer"]["state"]
+    assert len(moments) == len([name for name in state["model"] if "a2c_network" in name])
+
+    blind = ["--env-id", "examples.privileged_critic:make_blind_env", "--num-envs", "8"]
+    main(["--play", "--checkpoint", "runs/whole/nn/last.pth", *blind])
+
+    shell("runs/whole", "policy", cwd=here, script=(str(HERE / "tools" / "export_policy.py"),))
+    exported = torch.jit.load("policy/policy.pt")
+    model = train_ppo.ActorCritic(4, 1, Args(**state["args"]), num_states=4)
+    model.load_state_dict(state["model"])
+    obs = torch.randn(5, 4)
+    expected = model.mean_action(obs).clamp(-1, 1)
+    assert torch.allclose(exported(obs), expected, atol=1e-6)
+    states = torch.randn(5, 4)
+    mu, _, value = model(torch.cat((obs, states), dim=1))
+    assert torch.equal(mu, model.mean_action(obs))
+    assert not torch.equal(value, model(torch.cat((obs, states + 1.0), dim=1))[2])
+
+
+def test_a_critic_that_sees_the_state_explains_more(here):
+    """Of the returns of a noisy Cartpole, from the same seed."""
+    sys.path.insert(0, str(HERE))
+    explained = {}
+    for factory in ("make_env", "make_blind_env"):
+        name = f"examples.privileged_critic:{factory}"
+        main(["--env-id", name, "--separate", "--max-epochs", "25", "--experiment", factory])
+        curve = [value for _, value in scalars(f"runs/{factory}")["losses/explained_variance"]]
+        explained[factory] = sum(curve[-10:]) / 10
+    assert explained["make_env"] > explained["make_blind_env"] + 0.05, explained
+
+
+@pytest.mark.parametrize("what", ["missing", "shape"])
+def test_states_that_do_not_come_are_one_line(what, here, capsys):
+    text = {"missing": "return {'obs': obs['obs']}", "shape": "return obs"}[what]
+    Path("my_env.py").write_text(
+        f"""
+from examples.privileged_critic import NoisyCartpole
+class Mine(NoisyCartpole):
+    num_states = 3
+    def reset(self):
+        obs = super().reset()
+        {text}
+def make(num_envs, device, seed):
+    return Mine(num_envs, device)
+"""
+    )
+    sys.path.insert(0, str(HERE))
+    with pytest.raises(SystemExit) as exit:
+        main(["--env-id", "my_env:make"])
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and err.count("\n") == 1, err
+    found = {"missing": "not NoneType", "shape": "not shape (512, 4)"}[what]
+    assert "reset()['states'] must be a tensor of shape (512, 3)" in err and found in err
+
+
 # ------------------------------------------------------------------------------------- environments
 
 
@@ -1766,21 +1836,23 @@ ISAACGYM = {
             sim = cfg["sim"]
             assert not sim["use_gpu_pipeline"] and not sim["physx"]["use_gpu"], "there is no GPU"
             assert torch.initial_seed() == int(seed), "make(seed) seeds nothing: the caller must"
-            return Task(num_envs)
+            return Task(num_envs, cfg["env"].get("numStates", 0))
         class Task:
             # Reward 1 - mean |action - obs|. An env is reset by the step after its done. The same
             # tensors are returned each time, but for the observations and time_outs.
             num_acts = num_actions = 2
             num_obs = num_observations = 3
             max_episode_length = 30
-            def __init__(self, n):
-                self.num_envs = n
+            def __init__(self, n, num_states):
+                self.num_envs, self.num_states = n, num_states
                 self.obs_buf, self.rew_buf = torch.zeros(n, 3), torch.zeros(n)
                 self.reset_buf = torch.ones(n, dtype=torch.long)
                 self.progress_buf = torch.zeros(n, dtype=torch.long)
                 self.extras, self.obs_dict, self.curriculum = {}, {}, 0
             def reset(self):
                 self.obs_dict["obs"] = torch.clamp(self.obs_buf, -5, 5)
+                if self.num_states > 0:
+                    self.obs_dict["states"] = self.progress_buf.repeat(5, 1).t() / 30.0
                 return self.obs_dict
             def step(self, actions):
                 assert actions.abs().max() <= 1 and not actions.requires_grad
@@ -1901,15 +1973,30 @@ LSTM = ANT.replace(
     "separate: False", "separate: False\n            rnn: {name: lstm, units: 8, layers: 1}"
 )
 CENTRAL = ANT.replace(
-    "ppo: True", "ppo: True\n            central_value_config: {minibatch_size: 256}"
+    "ppo: True",
+    """ppo: True
+            use_experimental_cv: True
+            central_value_config:
+              minibatch_size: 256
+              learning_rate: 5e-4
+              network:
+                name: actor_critic
+                central_value: True
+                mlp: {units: [48, 16], activation: elu, d2rl: False}""",
+)
+CENTRAL_LSTM = CENTRAL.replace(
+    "separate: False", "separate: False\n            rnn: {name: lstm, units: 8, layers: 1}"
 )
 
 
 def write_isaacgym(folder):
-    """The stand-ins as packages in a folder, with the tasks Ant, AntLSTM and AntCentral."""
+    """The stand-ins as packages in a folder, with the tasks Ant, AntLSTM, AntCentral and
+    AntCentralLSTM."""
     files = dict(ISAACGYM)
-    for name, train in (("AntLSTM", LSTM), ("AntCentral", CENTRAL)):
+    for name, train in dict(AntLSTM=LSTM, AntCentral=CENTRAL, AntCentralLSTM=CENTRAL_LSTM).items():
         task = ISAACGYM["isaacgymenvs/cfg/task/Ant.yaml"].replace("name: Ant", f"name: {name}")
+        if "Central" in name:
+            task = task.replace("clipActions: 1.0", "numStates: 5")
         files[f"isaacgymenvs/cfg/task/{name}.yaml"] = task
         files[f"isaacgymenvs/cfg/train/{name}PPO.yaml"] = train
     for name, text in files.items():
@@ -1923,7 +2010,8 @@ needs_hydra = pytest.mark.skipif(
 )
 ISAACGYM_COMMANDS = {
     "AntLSTM": ["--env-id", "AntLSTM"],
-    "AntCentral": ["--env-id", "AntCentral"],
+    "AntCentralLSTM": ["--env-id", "AntCentralLSTM"],
+    "AntCentral": ["--env-id", "AntCentral", "--experiment", "central"],
     "Anymal": ["--env-id", "Anymal"],
     "Cartpole": ["--env-id", "Cartpole"],
     "train": ["--env-id", "Ant", "--num-steps", "16", "--experiment", "r"],
@@ -2022,16 +2110,33 @@ def test_isaacgym_tasks_that_cannot_be_trained_are_refused(isaacgym_runs):
     folder, outputs = isaacgym_runs
     reasons = {
         "AntLSTM": "a recurrent network (LSTM or GRU)",
-        "AntCentral": "a central value network",
-        "Anymal": "unknown --env-id Anymal: choose one of Ant, AntCentral, AntLSTM",
-        "Cartpole": "unknown --env-id Cartpole: choose one of Ant, AntCentral, AntLSTM",
+        "AntCentralLSTM": "a recurrent network (LSTM or GRU)",
+        "Anymal": "unknown --env-id Anymal: choose one of Ant, AntCentral, AntCentralLSTM, AntLSTM",
+        "Cartpole": "unknown --env-id Cartpole: choose one of Ant, AntCentral, AntCentralLSTM",
     }
     for name, reason in reasons.items():
         code, _, err = outputs[name]
         assert code == 2 and err.startswith("error: ") and reason in err and err.count("\n") == 1
     code, out, err = outputs["sim torch"]
     assert code == 0 and "training Cartpole" in out and err == ""
-    assert sorted(os.listdir(folder / "runs")) == ["r", "torch"]
+    assert sorted(os.listdir(folder / "runs")) == ["central", "r", "torch"]
+
+
+@needs_hydra
+def test_isaacgym_task_with_a_central_value_network_trains_a_privileged_critic(isaacgym_runs):
+    """Its critic has the layers of the yaml's, sees the states, and one line says what differs."""
+    folder, outputs = isaacgym_runs
+    code, out, err = outputs["AntCentral"]
+    assert code == 0 and "epoch 6/6" in out, err
+    assert err.count("warning: ") == 2 and "AntCentralPPO.yaml sets something_new" in err
+    assert "warning: AntCentralPPO.yaml has a central value network" in err
+    state = load_checkpoint(str(folder / "runs/central/nn/last.pth"))
+    assert state["num_states"] == 5 and state["args"]["critic_units"] == [48, 16]
+    shapes = {name: tuple(value.shape) for name, value in state["model"].items()}
+    assert shapes["a2c_network.actor_mlp.0.weight"] == (24, 3)
+    assert shapes["a2c_network.critic_mlp.0.weight"] == (48, 5)
+    assert shapes["a2c_network.value.weight"] == (1, 16)
+    assert state["model"]["state_mean_std.running_mean"].abs().max() > 0.1
 
 
 @needs_hydra

@@ -18,7 +18,8 @@ the top: `PPOAgent.train` is the outline of the algorithm, and there you may sto
     CHECKPOINTS    what they hold, when they are written, how they are read
     RUNNER         evaluation, run folder, stop signals, command line
 
-Shapes: T = num_steps, E = num_envs, N = T * E, O = num_obs, A = num_acts.
+Shapes: T = num_steps, E = num_envs, N = T * E, O = num_obs, A = num_acts; S = num_states, which is
+0 unless the environment has privileged states for the critic.
 """
 
 import collections
@@ -81,7 +82,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 # ARGUMENTS ========================================================================================
 # Where a value comes from, highest first: a flag; the checkpoint that is continued or played; the
-# task's own settings (<Task>PPO.yaml of IsaacGymEnvs); the default below.
+# task's own settings (<Task>PPO.yaml of IsaacGymEnvs, SETTINGS of your module); the default below.
 
 
 @dataclass
@@ -146,6 +147,7 @@ class Args:
     units: Tuple[int, ...] = (32, 32)  # widths of the hidden layers
     activation: Literal["elu", "relu", "tanh", "selu", "gelu", "swish"] = "elu"  # after each one
     separate: bool = False  # give the value function hidden layers of its own
+    critic_units: Tuple[int, ...] = ()  # widths of these; empty: as units
     sigma_init: float = 0.0  # log standard deviation of the actions at the start
 
 
@@ -187,52 +189,81 @@ class RunningMeanStd(nn.Module):
         return x.clamp(-5.0, 5.0) * std + self.running_mean.float()
 
 
+def normalize(statistics: Optional[RunningMeanStd], x: Tensor) -> Tensor:
+    return x if statistics is None else statistics.normalize(x)
+
+
 class ActorCritic(nn.Module):
     """Gaussian policy and value function on an MLP (rl_games: continuous_a2c_logstd). The standard
-    deviation is the same in every state: one learned logarithm for each action."""
+    deviation is the same in every state: one learned logarithm for each action.
+
+    An environment may give the critic what the actor must do without, such as friction or the
+    object's true pose: S = num_states numbers, which follow the observation in the same row, so
+    obs is (n, O + S). The critic then has layers of its own, and sees these numbers alone.
+    """
 
     ACTIVATIONS = dict(
         elu=nn.ELU, relu=nn.ReLU, tanh=nn.Tanh, selu=nn.SELU, gelu=nn.GELU, swish=nn.SiLU
     )
 
-    def __init__(self, num_obs: int, num_acts: int, args: Args):
+    def __init__(self, num_obs: int, num_acts: int, args: Args, num_states: int = 0):
         super().__init__()
-        width = args.units[-1] if args.units else num_obs
+        self.num_obs = num_obs
+        self.num_states = num_states
+        self.separate = args.separate or num_states > 0
         self.a2c_network = net = nn.Module()
         net.sigma = nn.Parameter(torch.full((num_acts,), args.sigma_init))  # a logarithm, in fact
-        net.actor_mlp = self.mlp(num_obs, args)
-        if args.separate:
-            net.critic_mlp = self.mlp(num_obs, args)
-        net.value = nn.Linear(width, 1)
+        net.actor_mlp, width = self.mlp(num_obs, args.units, args)
+        critic_width = width
+        if self.separate:
+            units = args.critic_units or args.units
+            net.critic_mlp, critic_width = self.mlp(num_states or num_obs, units, args)
+        net.value = nn.Linear(critic_width, 1)
         net.mu = nn.Linear(width, num_acts)
         for module in self.modules():
             if isinstance(module, nn.Linear):  # as in rl_games: torch's weights, zero biases
                 nn.init.zeros_(module.bias)
         self.running_mean_std = RunningMeanStd(num_obs) if args.normalize_input else None
         self.value_mean_std = RunningMeanStd(1) if args.normalize_value else None
-        self.separate = args.separate
+        if num_states:
+            self.state_mean_std = RunningMeanStd(num_states) if args.normalize_input else None
 
-    def mlp(self, size: int, args: Args) -> nn.Sequential:
+    def mlp(self, size: int, units: Sequence[int], args: Args) -> Tuple[nn.Sequential, int]:
+        """Hidden layers for an input of this size, and the size of their output."""
         layers: List[nn.Module] = []
-        for width in args.units:
+        for width in units:
             layers += [nn.Linear(size, width), self.ACTIVATIONS[args.activation]()]
             size = width
-        return nn.Sequential(*layers)
+        return nn.Sequential(*layers), size
 
     def forward(self, obs: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        """Observations (n, O) as the environment gives them -> mean action (n, A), logarithm of its
-        standard deviation (n, A), normalised value (n,)."""
+        """Observations (n, O + S) as the environment gives them -> mean action (n, A), logarithm of
+        its standard deviation (n, A), normalised value (n,)."""
         net = self.a2c_network
-        if self.running_mean_std is not None:
-            obs = self.running_mean_std.normalize(obs)
-        features = net.actor_mlp(obs)
-        value_features = net.critic_mlp(obs) if self.separate else features
+        own, states = obs[:, : self.num_obs], obs[:, self.num_obs :]
+        own = normalize(self.running_mean_std, own)
+        features = net.actor_mlp(own)
         mu = net.mu(features)
-        return mu, net.sigma.expand_as(mu), net.value(value_features).squeeze(-1)
+        if self.num_states:
+            features = net.critic_mlp(normalize(self.state_mean_std, states))
+        elif self.separate:
+            features = net.critic_mlp(own)
+        return mu, net.sigma.expand_as(mu), net.value(features).squeeze(-1)
+
+    def mean_action(self, obs: Tensor) -> Tensor:
+        """What a robot runs: observations (n, O), without states -> mean action (n, A)."""
+        net = self.a2c_network
+        return net.mu(net.actor_mlp(normalize(self.running_mean_std, obs[:, : self.num_obs])))
+
+    def update_statistics(self, obs: Tensor) -> None:
+        """Take observations (n, O + S) into the running statistics."""
+        self.running_mean_std.update(obs[:, : self.num_obs])
+        if self.num_states:
+            self.state_mean_std.update(obs[:, self.num_obs :])
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor) -> Dict[str, Tensor]:
-        """Observations (n, O) and normal noise (n, A) -> what a rollout keeps of a step."""
+        """Observations (n, O + S) and normal noise (n, A) -> what a rollout keeps of a step."""
         mu, logstd, value = self(obs)
         sigma = logstd.exp()
         actions = mu + sigma * noise
@@ -242,7 +273,7 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def value(self, obs: Tensor) -> Tensor:
-        """Observations (n, O) -> value in units of the scaled reward (n,)."""
+        """Observations (n, O + S) -> value in units of the scaled reward (n,)."""
         return self.denorm_value(self(obs)[2])
 
     def denorm_value(self, value: Tensor) -> Tensor:
@@ -267,10 +298,10 @@ def log_prob(action: Tensor, mu: Tensor, logstd: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rollout(policy, env, obs: Tensor, buffer: Dict[str, Tensor], args: Args, after_step):
-    """Take num_steps steps in every environment, starting from obs (E, O), and fill the buffer.
+    """Take num_steps steps in every environment, starting from obs (E, O + S), and fill the buffer.
 
     `policy` is ActorCritic.act; `after_step(infos, dones)` is called after each step. Returns the
-    observations after the last step (E, O) and the seconds that the environment took. It may
+    observations after the last step (E, O + S) and the seconds that the environment took. It may
     overwrite the tensors that it returned, so the buffer gets copies.
     """
     env_seconds = 0.0
@@ -285,7 +316,7 @@ def rollout(policy, env, obs: Tensor, buffer: Dict[str, Tensor], args: Args, aft
         step = env.step(actions.clamp(-1.0, 1.0) if args.clip_actions else actions)
         env_seconds += time.perf_counter() - start
 
-        obs, rewards, dones, time_outs, infos = check_step(step, obs)
+        obs, rewards, dones, time_outs, infos = check_step(step, env, obs.device)
         buffer["rewards"][t] = rewards
         buffer["dones"][t] = dones
         buffer["time_outs"][t] = time_outs
@@ -324,7 +355,7 @@ def gae(rewards: Tensor, values: Tensor, dones: Tensor, last_value: Tensor, args
 class Batch(NamedTuple):
     """A rollout as rows, or a minibatch of them."""
 
-    obs: Tensor  # (n, O) as the environment gave them
+    obs: Tensor  # (n, O + S) as the environment gave them
     actions: Tensor  # (n, A) as sampled, before clipping
     logprobs: Tensor  # (n,) of the actions, when they were taken
     values: Tensor  # (n,) as predicted in the rollout
@@ -426,7 +457,7 @@ def update(model, optimizer, lr: Tensor, batch: Batch, epoch: int, args: Args, l
             # The statistics of the observations move in the first pass only, just before they are
             # used, so that later passes see inputs that stand still.
             if args.normalize_input and pass_number == 0:
-                model.running_mean_std.update(minibatch.obs)
+                model.update_statistics(minibatch.obs)
             with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
                 loss, mu, sigma, losses = loss_fn(model, minibatch, args)
             optimizer.zero_grad()
@@ -507,7 +538,8 @@ class PPOAgent:
         self.best_epoch = 0
         self.stop_signal = 0  # the number of the signal that asked to stop after this epoch
 
-        self.model = ActorCritic(env.num_obs, env.num_acts, args).to(self.device)
+        self.num_states = int(getattr(env, "num_states", 0))
+        self.model = ActorCritic(env.num_obs, env.num_acts, args, self.num_states).to(self.device)
         if WORLD_SIZE > 1:
             for tensor in self.model.state_dict().values():
                 together(dist.broadcast, tensor, 0)
@@ -523,13 +555,13 @@ class PPOAgent:
         # episodes comes in a fraction of the time (Makoviychuk et al. 2021, Rudin et al. 2021).
         # What lies beyond the last step is for the value function to say.
         acts = (env.num_acts,)
-        shapes = dict(obs=(env.num_obs,), actions=acts, mus=acts, sigmas=acts)
+        shapes = dict(obs=(env.num_obs + self.num_states,), actions=acts, mus=acts, sigmas=acts)
         shapes.update(logprobs=(), values=(), rewards=(), dones=(), time_outs=())
         size = (args.num_steps, env.num_envs)
         self.buffer = {k: torch.zeros(*size, *v, device=self.device) for k, v in shapes.items()}
         # Sums over episodes: return, shaped return and length.
         self.episodes = EpisodeMeter(env.num_envs, args.games_to_track, 3, self.device)
-        self.obs = check_obs(env.reset(), "reset()", (env.num_envs, env.num_obs)).to(self.device)
+        self.obs = check_obs(env.reset(), "reset()", env).to(self.device)
         self.dones = torch.zeros(env.num_envs, dtype=torch.bool, device=self.device)
         self.first_epoch = 0  # epochs before the environments started
         self.whole_epoch: Optional[int] = 0  # the epoch that the weights completed; None amid one
@@ -592,7 +624,7 @@ class PPOAgent:
 # One contract, that of IsaacGymEnvs' VecTask. Everything is batched and stays on one device:
 #
 #     num_envs, num_obs, num_acts   ints
-#     reset()        -> {"obs": (E, O)}
+#     reset()        -> {"obs": (E, O)}, and "states": (E, S) if it has num_states > 0
 #     step(actions)  -> {"obs": (E, O)}, reward (E,), done (E,), infos; finished environments are
 #                       reset by the env itself
 #     infos          time_outs (E,): the episode was cut by the clock, not ended by the task;
@@ -705,19 +737,23 @@ def make_env(args: Args):
     return isaacgymenvs.make(args.seed, args.env_id, args.num_envs, **settings, cfg=cfg)
 
 
-def make_factory_env(args: Args, device: torch.device):
-    """The env of --env-id module:factory. UserError if it breaks the contract above."""
-    module, _, factory = args.env_id.partition(":")
-    if not re.fullmatch(r"[\w.]+\w:\w+", args.env_id):
-        raise UserError(f"--env-id {args.env_id} is not module:factory")
+def import_env_module(env_id: str):
+    if not re.fullmatch(r"[\w.]+\w:\w+", env_id):
+        raise UserError(f"--env-id {env_id} is not module:factory")
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
-        make = getattr(importlib.import_module(module), factory, None)
+        return importlib.import_module(env_id.partition(":")[0])
     except ModuleNotFoundError as exc:
-        raise UserError(f"--env-id {args.env_id} cannot be imported here: {exc}") from exc
-    if make is None:
-        raise UserError(f"--env-id {args.env_id}: {module} has no {factory}")
-    env = make(num_envs=args.num_envs, device=str(device), seed=args.seed)
+        raise UserError(f"--env-id {env_id} cannot be imported here: {exc}") from exc
+
+
+def make_factory_env(args: Args, device: torch.device):
+    """The env of --env-id module:factory. UserError if it breaks the contract above."""
+    module = import_env_module(args.env_id)
+    factory = args.env_id.partition(":")[2]
+    if not hasattr(module, factory):
+        raise UserError(f"--env-id {args.env_id}: {module.__name__} has no {factory}")
+    env = getattr(module, factory)(num_envs=args.num_envs, device=str(device), seed=args.seed)
     for name in ("num_envs", "num_obs", "num_acts"):
         value = getattr(env, name, "missing")
         if not isinstance(value, (int, np.integer)) or value < 1:
@@ -725,29 +761,35 @@ def make_factory_env(args: Args, device: torch.device):
     if env.num_envs != args.num_envs:
         raise UserError(f"the env has num_envs {env.num_envs}, but {args.num_envs} were asked for")
     if not args.play:  # look at one step before anything is written
-        obs = check_obs(env.reset(), "reset()", (env.num_envs, env.num_obs))
-        check_step(env.step(torch.zeros(env.num_envs, env.num_acts, device=device)), obs.to(device))
+        check_obs(env.reset(), "reset()", env)
+        check_step(env.step(torch.zeros(env.num_envs, env.num_acts, device=device)), env, device)
     return env
 
 
-def check_step(step: Any, last_obs: Tensor) -> Tuple[Any, ...]:
-    """What env.step returned, as the rollout needs it: observations like last_obs (E, O), rewards,
-    dones and time_outs (E,), the latter two as bool, infos. UserError if it is something else."""
+def check_step(step: Any, env, device: torch.device) -> Tuple[Any, ...]:
+    """What env.step returned, as the rollout needs it: observations (E, O + S), rewards, dones and
+    time_outs (E,), the latter two as bool, infos. UserError if it is something else."""
     if not isinstance(step, tuple) or len(step) != 4 or not isinstance(step[3], dict):
         raise UserError("the env's step() must return (obs, reward, done, infos), infos a dict")
     obs, rewards, dones, infos = step
-    time_outs = infos.get("time_outs", torch.zeros(len(last_obs)))
-    device, shape = last_obs.device, last_obs.shape
-    rewards = check_shape(rewards, "step()'s reward", shape[:1]).to(device)
-    dones = check_shape(dones, "step()'s done", shape[:1])
+    time_outs = infos.get("time_outs", torch.zeros(env.num_envs))
+    shape = (env.num_envs,)
+    rewards = check_shape(rewards, "step()'s reward", shape).to(device)
+    dones = check_shape(dones, "step()'s done", shape)
     dones = dones.to(device, torch.bool, copy=True)  # observers keep it; it may be the env's own
-    time_outs = check_shape(time_outs, "infos['time_outs']", shape[:1]).to(device, torch.bool)
-    return check_obs(obs, "step()[0]", shape).to(device), rewards, dones, time_outs, infos
+    time_outs = check_shape(time_outs, "infos['time_outs']", shape).to(device, torch.bool)
+    return check_obs(obs, "step()[0]", env).to(device), rewards, dones, time_outs, infos
 
 
-def check_obs(obs: Any, what: str, shape: Sequence[int]) -> Tensor:
-    obs = obs.get("obs") if isinstance(obs, dict) else None
-    return check_shape(obs, f"{what}['obs']", shape).float()
+def check_obs(obs: Any, what: str, env) -> Tensor:
+    """The observations and, where the env has them, the states for the critic as (E, O + S)."""
+    obs = obs if isinstance(obs, dict) else {}
+    parts = []
+    for name, size in (("obs", env.num_obs), ("states", getattr(env, "num_states", 0))):
+        if size:
+            part = check_shape(obs.get(name), f"{what}['{name}']", (env.num_envs, size))
+            parts.append(part.float())
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 def check_shape(value: Any, what: str, shape: Sequence[int]) -> Tensor:
@@ -790,9 +832,27 @@ RL_GAMES_NAMES.update(normalize_advantage="norm_adv")
 NO_EFFECT = """
     name full_experiment_name env_name multi_gpu ppo device device_name print_stats player
     score_to_win seq_len seq_length zero_rnn_on_done central_value_config train_dir truncate_grads
-    reward_shaper defer_summaries_sec summaries_interval_sec_min summaries_interval_sec_max
+    use_experimental_cv reward_shaper
+    defer_summaries_sec summaries_interval_sec_min summaries_interval_sec_max
     normalize_rms_advantage use_smooth_clamp bound_loss_type
 """.split()
+
+
+def task_settings(args: Args) -> Dict[str, Any]:
+    """The arguments that come with a task: SETTINGS of the module of module:factory, a dict with
+    the names of Args, or <Task>PPO.yaml of an IsaacGymEnvs task."""
+    if ":" in args.env_id:
+        settings = getattr(import_env_module(args.env_id), "SETTINGS", {})
+        unknown = ", ".join(sorted(settings.keys() - vars(args).keys()))
+        if unknown:
+            raise UserError(f"SETTINGS of --env-id {args.env_id} has unknown names: {unknown}")
+        return settings
+    if not uses_isaacgym(args):
+        return {}
+    from omegaconf import OmegaConf
+
+    train = OmegaConf.to_container(compose_isaacgym_config(args).train, resolve=True)
+    return settings_from_yaml(train["params"], args.env_id)
 
 
 def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
@@ -801,21 +861,27 @@ def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
     config, network = dict(params["config"]), params["network"]
     space, mlp = network.get("space") or {}, network.get("mlp") or {}
     normal = space.get("continuous") or {}
+    off = (None, "None", False, 0)
+    central = config.get("central_value_config")
+    critic = {} if central in off else central["network"]
+    critic_mlp = critic.get("mlp") or {}
     shaper = config.get("reward_shaper") or {}
     shaping = {k: v for k, v in shaper.items() if k not in ("scale_value", "is_torch")}
     algo, model = params["algo"]["name"], params["model"]["name"]
-    off = (None, "None", False, 0)
     refused = (
         (algo != "a2c_continuous", f"the algorithm {algo}"),
         (model != "continuous_a2c_logstd", f"the model {model}"),
         (network["name"] != "actor_critic", f"the network {network['name']}"),
-        ("rnn" in network, "a recurrent network (LSTM or GRU)"),
-        ("cnn" in network, "a convolutional network"),
-        (config.get("central_value_config") not in off, "a central value network"),
+        ("rnn" in network or "rnn" in critic, "a recurrent network (LSTM or GRU)"),
+        ("cnn" in network or "cnn" in critic, "a convolutional network"),
         (bool(space) and "continuous" not in space, "discrete actions"),
         (normal.get("fixed_sigma", True) is not True, "a state-dependent sigma"),
         (normal.get("mu_activation") not in off, "an activation on the mean action"),
-        (mlp.get("d2rl") not in off, "d2rl layers"),
+        (mlp.get("d2rl") not in off or critic_mlp.get("d2rl") not in off, "d2rl layers"),
+        (
+            critic_mlp.get("activation", "elu") != mlp.get("activation", "elu") and critic != {},
+            "another activation in the central value network",
+        ),
         (network.get("normalization") not in off, "layer normalisation"),
         (config.get("normalize_rms_advantage") not in off, "normalize_rms_advantage"),
         (config.get("use_smooth_clamp") not in off, "use_smooth_clamp"),
@@ -834,6 +900,10 @@ def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
     config["reward_scale"] = shaper.get("scale_value", 1.0)
     config.update(units=tuple(mlp.get("units", ())), activation=mlp.get("activation", "elu"))
     config["separate"] = network.get("separate", False)
+    if critic:
+        config["critic_units"] = tuple(critic_mlp.get("units", ()))
+        what = f"{task}PPO.yaml has a central value network with an optimizer of its own"
+        warn(f"{what}: here the critic sees the same states, but shares the actor's optimizer")
     config["sigma_init"] = normal.get("sigma_init", {}).get("val", 0.0)
     settings = {}
     types = {field.name: field.type for field in fields(Args)}
@@ -1291,6 +1361,8 @@ def agent_state(agent: PPOAgent) -> Dict[str, Any]:
     state = {key: getattr(agent, name) for key, name in COUNTERS.items()}
     state.update(model=dict(agent.model.state_dict()), optimizer=optimizer, args=asdict(agent.args))
     state.update(num_obs=int(env.num_obs), num_acts=int(env.num_acts))
+    if agent.num_states:
+        state["num_states"] = agent.num_states
     state["format_version"] = FORMAT_VERSION
     state["clip_obs"] = float(getattr(env, "clip_obs", math.inf))
     state["env_state"] = env.get_env_state() if hasattr(env, "get_env_state") else None
@@ -1748,17 +1820,21 @@ def play(agent: PPOAgent, state: Dict[str, Any], path: str) -> Dict[str, float]:
     """Evaluate the mean actions in one whole episode of each environment. The first episodes that
     end, from whichever environment, would be the short ones; and the episode in which one is when
     play begins may have begun before."""
-    restore_model(agent, state, path)
     env, obs = agent.env, agent.obs
-    noise = torch.zeros(env.num_envs, env.num_acts, device=agent.device)
+    with reading(path):
+        num_states = state.get("num_states", 0)
+        if num_states != agent.num_states:  # the policy does without states, so the env may too
+            model = ActorCritic(env.num_obs, env.num_acts, agent.args, num_states)
+            agent.model = model.to(agent.device)
+    restore_model(agent, state, path)
     returns = torch.zeros(env.num_envs, device=agent.device)
     lengths = torch.zeros_like(returns)
     ended = torch.zeros_like(returns)  # episodes that each environment has ended
     limit = 4 * getattr(env, "max_episode_length", 25_000)
     for _ in range(limit):
-        actions = agent.model.act(obs, noise)["actions"]
+        actions = agent.model.mean_action(obs)
         actions = actions.clamp(-1.0, 1.0) if agent.args.clip_actions else actions
-        obs, rewards, dones, _, _ = check_step(env.step(actions), obs)
+        obs, rewards, dones, _, _ = check_step(env.step(actions), env, agent.device)
         returns += rewards * (ended == 1)
         lengths += ended == 1
         ended += dones
@@ -1852,12 +1928,8 @@ def parse_args(argv: Optional[Sequence[str]] = None):
     source = first.checkpoint or first.init_from
     checkpoint = find_checkpoint(source) if source else None
     found = inherited_args(first, *checkpoint) if checkpoint else {}
-    if "env_id" not in found and uses_isaacgym(first):
-        from omegaconf import OmegaConf
-
-        cfg = compose_isaacgym_config(first)
-        params = OmegaConf.to_container(cfg.train, resolve=True)["params"]
-        found = {**settings_from_yaml(params, first.env_id), **found}
+    if "env_id" not in found:
+        found = {**task_settings(first), **found}
     if first.resume:
         found["checkpoint"] = first.checkpoint
     return parse(default=replace(Args(), **found)), checkpoint

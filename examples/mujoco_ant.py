@@ -1,14 +1,11 @@
 """IsaacGymEnvs' Ant on the CPU, simulated by MuJoCo: a model of how to write a batched environment.
 
     pip install "mujoco>=3.3"
-    python train_ppo.py --env-id examples.mujoco_ant:make_env --num-envs 1024 \\
-        --minibatch-size 8192 --update-epochs 4 --max-epochs 500 --vf-coef 2 --max-grad-norm 0 \\
-        --reward-scale 0.01 --units 256 128 64
+    python train_ppo.py --env-id examples.mujoco_ant:make_env
 
 An ant with eight joints learns to run to a target 1 km away. MuJoCo steps all ants in threads of
 its own: one for each core, or as many as the environment variable ANT_THREADS says. Torch computes
-all observations and rewards at once, so there is no Python loop over environments. The arguments
-are those of AntPPO.yaml, with a quarter of the environments and of the minibatch size.
+all observations and rewards at once, so there is no Python loop over environments.
 """
 
 import math
@@ -19,6 +16,12 @@ import mujoco
 import torch
 from mujoco.rollout import Rollout
 from torch import Tensor
+
+# The trainer's arguments: those of IsaacGymEnvs' AntPPO.yaml, but with a quarter of the
+# environments and of the minibatch size, and 300 epochs instead of 500.
+SETTINGS = dict(num_envs=1024, num_steps=16, minibatch_size=8192, update_epochs=4, max_epochs=300)
+SETTINGS.update(learning_rate=3e-4, kl_threshold=0.008, vf_coef=2.0, max_grad_norm=0.0)
+SETTINGS.update(reward_scale=0.01, units=(256, 128, 64), save_best_after=100, save_frequency=50)
 
 DT = 1 / 60  # seconds between two actions
 SUBSTEPS = 2  # simulation steps in that time

@@ -52,7 +52,7 @@ class ExportedPolicy(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         if self.clip_obs is not None:
             obs = obs.clamp(-self.clip_obs, self.clip_obs)
-        mu = self.model(obs)[0]
+        mu = self.model.mean_action(obs)
         return mu.clamp(-1.0, 1.0) if self.clip_actions else mu
 
 
@@ -64,7 +64,8 @@ def load_policy(path: str, state: Dict[str, Any], flags: Dict[str, Any]) -> Expo
     for name in ("activation", "clip_actions"):
         if name not in told:
             train_ppo.log(f"{name} {getattr(args, name)}: {path} was rl_games' and does not say it")
-    model = ActorCritic(state["num_obs"], state["num_acts"], args)
+    num_states = state.get("num_states", 0)  # of the critic, which is not exported
+    model = ActorCritic(state["num_obs"], state["num_acts"], args, num_states)
     train_ppo.check_fits(state, model, path)
     model.load_state_dict(state["model"])
     clip_obs = state["clip_obs"] if math.isfinite(state["clip_obs"]) else None
