@@ -1,13 +1,12 @@
 """mjlab's tasks, which MuJoCo Warp simulates in batches as Isaac Gym does.
 
     pip install -r requirements.txt mjlab==1.6.0
-    python train_ppo.py --env-id examples.mjlab_env:make_env --num-envs 256 --num-steps 32 \\
-        --minibatch-size 2048 --update-epochs 5 --reward-scale 1 --ent-coef 0.01 --vf-coef 1 \\
-        --units 64 64
+    python train_ppo.py --env-id examples.mjlab_env:make_env
 
 The environment variable MJLAB_TASK names another task than Cartpole. mjlab's own settings for it
-are in mjlab.tasks.registry.load_rl_cfg(TASK). If its actions go beyond [-1, 1], add
-`--no-clip-actions --bounds-loss-coef 0`.
+are in mjlab.tasks.registry.load_rl_cfg(TASK); SETTINGS below are those for Cartpole, and flags win.
+If the task's actions go beyond [-1, 1], add `--no-clip-actions --bounds-loss-coef 0`. mjlab's
+"critic" observations are the critic's states, and what mjlab logs is shown under Episode/.
 """
 
 import os
@@ -16,6 +15,8 @@ import mjlab.tasks  # noqa: F401  # registers the tasks
 from mjlab.envs import ManagerBasedRlEnv
 from mjlab.tasks.registry import load_env_cfg
 
+SETTINGS = dict(num_envs=256, num_steps=32, minibatch_size=2048, update_epochs=5, vf_coef=1.0)
+SETTINGS.update(reward_scale=1.0, ent_coef=0.01, units=(64, 64))
 TASK = os.environ.get("MJLAB_TASK", "Mjlab-Cartpole-Balance")
 
 
@@ -29,18 +30,24 @@ class Mjlab:
         self.env = ManagerBasedRlEnv(cfg, device)
         self.num_envs = num_envs
         (self.num_obs,) = self.env.observation_manager.group_obs_dim["actor"]
+        (self.num_states,) = self.env.observation_manager.group_obs_dim.get("critic", (0,))
         self.num_acts = self.env.action_manager.total_action_dim
         self.max_episode_length = self.env.max_episode_length
         self.spread = False
 
     def reset(self):
-        return {"obs": self.env.reset()[0]["actor"]}
+        return self.rename(self.env.reset()[0])
+
+    def rename(self, groups):
+        """mjlab's observation groups by the names of the contract."""
+        names = {"obs": "actor", "states": "critic"}
+        return {ours: groups[theirs] for ours, theirs in names.items() if theirs in groups}
 
     def step(self, actions):
         obs, reward, terminated, truncated, extras = self.env.step(actions)
         # extras["log"] is empty unless an episode ended in this step.
         infos = {"time_outs": truncated, "episode": extras["log"]}
-        return {"obs": obs["actor"]}, reward, terminated | truncated, infos
+        return self.rename(obs), reward, terminated | truncated, infos
 
     def set_train_info(self, frame: int, algo) -> None:
         """Before the first rollout, put each environment somewhere on its clock. Otherwise all
