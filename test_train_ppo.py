@@ -382,7 +382,6 @@ def test_config_json_says_how_to_run_it_again(default_run):
     assert Args(**saved) == Args()
     assert config["versions"]["torch"] == torch.__version__
     assert "train_ppo.py" in config["command"]
-    assert "git_commit" in config
     assert config["origin"] == "", "it started from nothing"
 
 
@@ -2539,9 +2538,8 @@ CHANGES = {
     "rng without torch's": ("c", lambda s: s["rng"].pop("torch")),
     "torch's rng too short": ("c", lambda s: s["rng"].update(torch=torch.zeros(3).byte())),
     "torch's rng nonsense": ("c", lambda s: s["rng"].update(torch=torch.zeros(5056).byte())),
-    "Python's rng None": ("c", lambda s: s["rng"].update(python=None)),
-    "Python's rng nonsense": ("c", lambda s: s["rng"].update(python=[3, [-1] * 625, None])),
-    "numpy's rng of another kind": ("c", lambda s: s["rng"].update(numpy=["PCG64", [1], 0, 0, 0])),
+    "rng without the GPU's": ("c", lambda s: s["rng"].pop("cuda")),
+    "rng with Python's, as older files": ("", lambda s: s["rng"].update(python=None, numpy=None)),
     "observers None": ("c", lambda s: s.update(observers=None)),
     "observers numbers": ("c", lambda s: s.update(observers=[1])),
     "another key": ("", lambda s: s.update(more=1)),
@@ -3577,7 +3575,7 @@ def test_bad_numbers_stop_training_and_spoil_nothing(here, monkeypatch, capsys, 
         flags = ["--max-epochs", "100", "--save-best-after", "1", "--experiment", "r"]
         main([*env, *SMALL, *flags])
     error = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 1 and "epoch 8" in error and "runs/r/nan_dump.pth" in error
+    assert stopped.value.code == 1 and error.endswith("epoch 8")
     messages = {
         "observations": "NaN or Inf in obs of 3 of 32 envs at step 4 of the rollout",
         "observations after the last step": "NaN or Inf in obs of 3 of 32 envs at step 9",
@@ -3589,8 +3587,6 @@ def test_bad_numbers_stop_training_and_spoil_nothing(here, monkeypatch, capsys, 
         state = load_checkpoint(str(path))
         assert state["epoch"] < 8
         assert all(torch.isfinite(weight).all() for weight in state["model"].values())
-    dump = load_checkpoint("runs/r/nan_dump.pth")
-    assert dump["what"] in error and dump["buffer"]["obs"].shape == (8, 32, 2)
     monkeypatch.setenv("BAD", "")
     main([*env, "--checkpoint", "runs/r", "--max-epochs", "9"])
     assert load_checkpoint("runs/r/nn/last.pth")["epoch"] == 9
@@ -3836,7 +3832,7 @@ def test_a_process_that_dies_or_goes_bad_ends_the_others(here):
     assert err == "error: NaN or Inf in another process, so number 0 stops too\n"
     assert other_err.count("\n") == 1
     assert "error: NaN or Inf in rewards of 1 of 16 envs at step 1 of the rollout" in other_err
-    assert os.path.exists("runs/bad/nan_dump_1.pth") and os.listdir("runs/bad/nn") == ["last.pth"]
+    assert os.listdir("runs/bad/nn") == ["last.pth"]
     state = load_checkpoint("runs/bad/nn/last.pth")
     assert state["epoch"] == 3, "what was learned before is there"
     assert all(torch.isfinite(weight).all() for weight in state["model"].values())

@@ -38,7 +38,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -600,8 +599,9 @@ class PPOAgent:
 #
 # It may have more: max_episode_length; clip_obs, the range of its observations, for exporting the
 # policy; get_env_state() and set_env_state(state), kept in checkpoints, and exact_state = True if
-# that is the whole simulation, so that a run can continue to the last bit; set_train_info(frame,
-# algo), called before each rollout in every process, the place for a curriculum; close().
+# that and torch's generators are the whole simulation, so that a run can continue to the last bit;
+# set_train_info(frame, algo), called before each rollout in every process, the place for a
+# curriculum; close().
 
 
 class Cartpole:
@@ -910,19 +910,10 @@ def check_finite(agent: PPOAgent) -> None:
     for t, name, x in [*rows, (steps, "obs", agent.obs)]:
         bad = int((~x.isfinite()).reshape(len(x), -1).any(1).sum())
         if bad:
-            where = f"{bad} of {len(x)} envs at step {t + 1} of the rollout"
-            stop_for_bad_numbers(agent, f"{name} of {where}")
+            what = f"{name} of {bad} of {len(x)} envs at step {t + 1} of the rollout"
+            raise TrainingError(f"NaN or Inf in {what}, epoch {agent.epoch_num}")
     if WORLD_SIZE > 1:  # else it was only a sum that is too large
         raise TrainingError(f"NaN or Inf in another process, so number {RANK} stops too")
-
-
-def stop_for_bad_numbers(agent: PPOAgent, what: str) -> None:
-    """End training without a checkpoint of this epoch; nan_dump.pth has what was in memory."""
-    name = "nan_dump.pth" if RANK == 0 else f"nan_dump_{RANK}.pth"
-    path = os.path.join(agent.config["run_dir"], name)
-    with contextlib.suppress(OSError):
-        save_checkpoint({**agent_state(agent), "buffer": agent.buffer, "what": what}, path)
-    raise TrainingError(f"NaN or Inf in {what}, epoch {agent.epoch_num}; see {path}")
 
 
 def collect_figures(agent: PPOAgent, losses: Tensor, batch: Batch) -> Dict[str, float]:
@@ -940,7 +931,7 @@ def collect_figures(agent: PPOAgent, losses: Tensor, batch: Batch) -> Dict[str, 
     figures = dict(zip(names, average(vector).tolist()))
     for name in (*LOSSES, "kl", "weights"):
         if not math.isfinite(figures[name]):
-            stop_for_bad_numbers(agent, f"the {name} of the update")
+            raise TrainingError(f"NaN or Inf in the {name} of the update, epoch {agent.epoch_num}")
     for name in ("reward", "shaped_reward", "length"):
         figures[name] /= max(figures["finished"], 1.0)
     if figures["finished"]:
@@ -1017,39 +1008,35 @@ class Writer(SummaryWriter):
 
 
 class AlgoObserver:
-    """rl_games' six hooks, in the order in which they are called, and three of our own: none needs
-    to be overridden, and rl_games' own observers plug in unchanged. `algo` is the PPOAgent."""
+    """rl_games' six hooks, in the order in which they are called, and three of our own. None needs
+    to be overridden, and rl_games' own observers plug in unchanged.
 
-    def before_init(self, base_name: str, config: Dict[str, Any], experiment_name: str) -> None:
-        """Before training. config: all arguments, also by rl_games' names, and run_dir."""
+    before_init        before training; config: the arguments, by rl_games' names too, and run_dir
+    after_init         the PPOAgent is complete
+    process_infos      after each step; done_indices (n, 1): the environments whose episode ended,
+                       of which algo.dones (E,) is the mask; copy what you keep of infos
+    after_steps        after the rollout, before the update
+    after_clear_stats  rl_games calls it when it clears its meters; here nothing does
+    after_print_stats  at the end of an epoch: log here; frame: env steps; total_time: seconds
+    close              the run ends
+    state_dict         what to keep in checkpoints: tensors, numbers, strings, lists and dicts
+    load_state_dict    gets it back, after after_init, when a run is continued
+    """
 
     def after_init(self, algo: PPOAgent) -> None:
-        """The agent is complete."""
         self.algo = algo
         self.writer = algo.writer
 
-    def process_infos(self, infos: Dict[str, Any], done_indices: Optional[Tensor]) -> None:
-        """After each step. done_indices (n, 1): the environments whose episode ended; the mask is
-        algo.dones (E,). Copy what you keep of infos."""
-
-    def after_steps(self) -> None:
-        """After the rollout, before the update."""
-
-    def after_clear_stats(self) -> None:
-        """rl_games calls this when it clears its meters. Here nothing does."""
-
-    def after_print_stats(self, frame: int, epoch_num: int, total_time: float) -> None:
-        """At the end of an epoch: log here. frame: env steps so far; total_time: seconds so far."""
-
-    def close(self) -> None:
-        """The run ends. This hook and the next two are not rl_games'."""
-
     def state_dict(self) -> Dict[str, Any]:
-        """What to keep in checkpoints: tensors, numbers, strings, lists and dicts."""
         return {}
 
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Back to what state_dict gave, after after_init, when a run is continued."""
+    def before_init(self, base_name: str, config: Dict[str, Any], experiment_name: str) -> None: ...
+    def process_infos(self, infos: Dict[str, Any], done_indices: Optional[Tensor]) -> None: ...
+    def after_steps(self) -> None: ...
+    def after_clear_stats(self) -> None: ...
+    def after_print_stats(self, frame: int, epoch_num: int, total_time: float) -> None: ...
+    def close(self) -> None: ...
+    def load_state_dict(self, state: Dict[str, Any]) -> None: ...
 
 
 class RLGPUAlgoObserver(AlgoObserver):
@@ -1285,9 +1272,7 @@ def agent_state(agent: PPOAgent) -> Dict[str, Any]:
     for group in optimizer["param_groups"]:
         group.update(lr=float(agent.lr), fused=None)  # as rl_games has them
     cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
-    rng = dict(torch=torch.get_rng_state(), cuda=cuda, python=random.getstate())
-    name, keys, *rest = np.random.get_state()
-    rng["numpy"] = [name, keys.tolist(), *rest]
+    rng = dict(torch=torch.get_rng_state(), cuda=cuda)
     state = {key: getattr(agent, name) for key, name in COUNTERS.items()}
     state.update(model=dict(agent.model.state_dict()), optimizer=optimizer, args=asdict(agent.args))
     state.update(num_obs=int(env.num_obs), num_acts=int(env.num_acts))
@@ -1334,13 +1319,9 @@ def restore_agent(agent: PPOAgent, state: Dict[str, Any], path: str) -> bool:
             agent.obs = torch.empty_like(agent.obs).copy_(state["obs"])
             agent.dones.copy_(state["dones"])
             agent.episodes.running.copy_(running)
-            rng = state["rng"]
-            version, keys, gauss = rng["python"]
-            random.setstate((version, tuple(keys), gauss))
-            np.random.set_state(tuple(rng["numpy"]))
-            torch.set_rng_state(rng["torch"])
-            if rng["cuda"] is not None and agent.device.type == "cuda":
-                torch.cuda.set_rng_state(rng["cuda"], agent.device)
+            torch.set_rng_state(state["rng"]["torch"])
+            if state["rng"]["cuda"] is not None and agent.device.type == "cuda":
+                torch.cuda.set_rng_state(state["rng"]["cuda"], agent.device)
         agent.first_epoch = int(state["first_epoch"]) if exact else agent.epoch_num
         agent.whole_epoch = agent.epoch_num
     return exact
@@ -1628,15 +1609,8 @@ def make_run_dir(args: Args, origin: str) -> str:
             os.makedirs(run_dir, exist_ok=args.resume)  # resumed before the first checkpoint
             break
     os.makedirs(os.path.join(run_dir, "nn"), exist_ok=args.resume)
-    device, here = pick_device(args.device), os.path.dirname(os.path.abspath(__file__))
-    command, commit = ["git", "-C", here, "describe", "--always", "--dirty"], b""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        commit = subprocess.check_output(command, stderr=subprocess.DEVNULL, timeout=10)
-    about = dict(args=asdict(args), origin=origin, git_commit=commit.decode().strip())
-    about["command"] = shlex.join([sys.executable, *sys.argv])
+    about = dict(args=asdict(args), origin=origin, command=shlex.join([sys.executable, *sys.argv]))
     about["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
-    is_gpu = device.type == "cuda"
-    about["device"] = torch.cuda.get_device_name(device) if is_gpu else platform.machine()
     with open(os.path.join(run_dir, "config.json"), "w") as file:
         json.dump(about, file, indent=2)
     return run_dir
