@@ -782,8 +782,8 @@ def test_play_takes_one_episode_of_every_env(here):
     env = ["--env-id", f"{__name__}:one_and_nine_env"]
     main([*env, *SMALL, "--experiment", "r"])
     flags = [*env, "--num-envs", "10", "--minibatch-size", "3"]
-    args, checkpoint = train_ppo.parse_args(["--play", "--checkpoint", "runs/r", *flags])
-    result = train_ppo.Runner(args, checkpoint=checkpoint).run()
+    args, path, state = train_ppo.parse_args(["--play", "--checkpoint", "runs/r", *flags])
+    result = train_ppo.run(args, [], path, state)
     expected = {"mean": 5, "std": 4, "min": 1, "max": 9, "length": 5, "count": 10}
     assert result == expected
 
@@ -1105,9 +1105,9 @@ def test_rl_games_observers_run_unchanged(here):
 
     # IsaacAlgoObserver logs what RLGPUAlgoObserver logs, so it takes its place. A key that comes
     # late would stop its own loop.
-    args, _ = train_ppo.parse_args(["--env-id", f"{__name__}:no_late_env", *flags, "q"])
+    args, *_ = train_ppo.parse_args(["--env-id", f"{__name__}:no_late_env", *flags, "q"])
     observers = [theirs.IsaacAlgoObserver(), train_ppo.WandbAlgoObserver(args)]
-    train_ppo.Runner(args, train_ppo.MultiObserver(observers)).run()
+    train_ppo.run(args, observers)
     found = scalars("runs/q")
     assert found["Episode/early"] == [(1, 5.5), (2, 13.5)]
     assert found["successes/iter"] == [(1, 9), (2, 17)]
@@ -1361,7 +1361,7 @@ def test_shaped_return_is_measured_with_the_bootstrap(here):
         gamma=0.9,
     )
     observer = Capture()
-    train_ppo.Runner(args, observer).run()
+    train_ppo.run(args, [observer])
     agent = observer.algo
     # Env 0 ends after three steps of its own, one of which was the check of the contract.
     rewards = agent.buffer["rewards"][:2, 0].sum()
@@ -2623,7 +2623,7 @@ CONVERT_TOOL = str(HERE / "tools/from_rl_games.py")
 def rl_games_runner(observer=None, **config):
     """rl_games' own Runner on our Cartpole; `config` as in its yaml files."""
     pytest.importorskip("rl_games.torch_runner")
-    torch.set_num_threads(1)  # as our Runner does; more are slower, much so on a busy machine
+    torch.set_num_threads(1)  # as ours does; more are slower, much so on a busy machine
     ours = {"units": config.pop("units", (32, 32)), "separate": config.pop("separate", False)}
     args = Args(num_envs=config.get("num_actors", 512), max_epochs=10, seed=7, **ours)
     config = {"save_frequency": 10, "save_best_after": 5, "train_dir": "theirs", **config}
@@ -4034,7 +4034,7 @@ def test_a_checkpoint_chooses_no_code(here, capsys):
         assert stopped.value.code == 2
         assert "repeat its flag, --env-id evil:make" in capsys.readouterr().err
     assert not os.path.exists("imported")
-    args, _ = train_ppo.parse_args(["--env-id", "mine:make", "--checkpoint", "stranger.pth"])
+    args, *_ = train_ppo.parse_args(["--env-id", "mine:make", "--checkpoint", "stranger.pth"])
     assert (args.env_id, args.train_dir, args.device) == ("mine:make", "runs", "auto")
     assert args.torch_threads == Args().torch_threads
 

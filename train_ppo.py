@@ -32,7 +32,6 @@ import json
 import math
 import os
 import pickle
-import platform
 import random
 import re
 import shlex
@@ -778,7 +777,7 @@ def compose_isaacgym_config(args: Args, num_envs: Any = ""):
             return compose(config_name="config", overrides=overrides.split())
     except MissingConfigException as exc:
         files = sorted(os.listdir(os.path.join(folder, "task")))
-        known = ", ".join([file[: -len(".yaml")] for file in files] + ["module:factory"])
+        known = ", ".join([*files, "module:factory"]).replace(".yaml", "")
         raise UserError(f"unknown --env-id {args.env_id}: choose one of {known}") from exc
 
 
@@ -916,26 +915,27 @@ def check_finite(agent: PPOAgent) -> None:
         raise TrainingError(f"NaN or Inf in another process, so number {RANK} stops too")
 
 
+EPISODE_SUMS = ("rewards", "shaped_rewards", "episode_lengths")  # rl_games' names in the log
+
+
 def collect_figures(agent: PPOAgent, losses: Tensor, batch: Batch) -> Dict[str, float]:
     """The epoch's figures by name, averaged over the processes, in one transfer from the device.
     Sets agent.mean_rewards; TrainingError if the update has gone wrong."""
     window = agent.episodes.finished
     unexplained = (batch.returns - batch.values).var() / batch.returns.var().clamp(min=1e-8)
-    weights = torch.stack([p.detach().sum() for p in agent.model.parameters()]).sum()
-    longest = window[:, 2].max() if len(window) else weights.new_zeros(())
-    others = torch.stack((1.0 - unexplained, agent.lr.float(), weights, longest))
-    counts = torch.tensor([len(window), agent.stop_signal], dtype=torch.float32)
-    vector = torch.cat((losses, others, window.sum(0), counts.to(agent.device)))
-    names = (*LOSSES, "kl", "explained_variance", "lr", "weights", "longest")
-    names += ("reward", "shaped_reward", "length", "finished", "stop")
-    figures = dict(zip(names, average(vector).tolist()))
+    tensors = dict(zip((*LOSSES, "kl"), losses), explained_variance=1.0 - unexplained, lr=agent.lr)
+    tensors["weights"] = torch.stack([p.detach().sum() for p in agent.model.parameters()]).sum()
+    tensors.update(zip(EPISODE_SUMS, window.sum(0)))
+    counts = agent.lr.new_tensor([len(window), agent.stop_signal])
+    tensors.update(zip(("finished", "stop"), counts))
+    figures = dict(zip(tensors, average(torch.stack(list(tensors.values()))).tolist()))
     for name in (*LOSSES, "kl", "weights"):
         if not math.isfinite(figures[name]):
             raise TrainingError(f"NaN or Inf in the {name} of the update, epoch {agent.epoch_num}")
-    for name in ("reward", "shaped_reward", "length"):
-        figures[name] /= max(figures["finished"], 1.0)
     if figures["finished"]:
-        agent.mean_rewards = figures["reward"]
+        for name in EPISODE_SUMS:
+            figures[name] /= figures["finished"]
+        agent.mean_rewards = figures["rewards"]
     if figures["stop"] and not agent.stop_signal:  # another process got a signal
         agent.stop_signal = signal.SIGTERM
     return figures
@@ -958,23 +958,22 @@ def log_epoch(agent: PPOAgent, figures, step_time: float, play_time: float, epoc
     info = dict(last_lr=figures["lr"], lr_mul=1.0, e_clip=args.clip_coef, kl=figures["kl"])
     for name, value in dict(info, epochs=epoch).items():
         write(f"info/{name}", value, frame)
-    episodes = dict(rewards="reward", shaped_rewards="shaped_reward", episode_lengths="length")
-    for tag, name in episodes.items() if figures["finished"] else ():
+    for name in EPISODE_SUMS if figures["finished"] else ():
         for axis, step in (("step", frame), ("iter", epoch), ("time", agent.total_time)):
-            write(f"{tag}/{axis}", figures[name], step)
+            write(f"{name}/{axis}", figures[name], step)
     agent.algo_observer.after_print_stats(frame, epoch, agent.total_time)
     agent.writer.end_epoch()
 
     done = "no episode finished yet"
     if figures["finished"]:
-        done = f"reward {figures['reward']:.2f} length {figures['length']:.1f}"
+        done = f"reward {figures['rewards']:.2f} length {figures['episode_lengths']:.1f}"
     left = int(epoch_time * (args.max_epochs - epoch))
     left = f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
     fps = "fps " + "/".join(f"{rate / 1000:.0f}k" for rate in rates)
     lr = f"lr {figures['lr']:.1e}"
-    show_epoch([f"epoch {epoch}/{args.max_epochs}", done, left, lr, fps, f"frames {frame:,}"])
+    log(f"epoch {epoch}/{args.max_epochs}", done, left, lr, fps, f"frames {frame:,}", live=True)
     limit = getattr(agent.env, "max_episode_length", math.inf)
-    if figures["longest"] >= limit - 1 and not agent.time_outs_seen:
+    if not agent.time_outs_seen and (agent.episodes.finished[:, 2] >= limit - 1).any():
         agent.time_outs_seen = True  # say it once
         what = f"episodes end at max_episode_length ({limit}) but there is no infos['time_outs']"
         warn(f"{what}: the clock is taken for failure")
@@ -1052,7 +1051,7 @@ class RLGPUAlgoObserver(AlgoObserver):
 
     def after_init(self, algo) -> None:
         super().after_init(algo)
-        self.sums: Dict[str, Tuple[Any, int]] = {}  # tag -> sum and count over the epoch
+        self.sums = collections.defaultdict(list)  # tag -> (sum, count) of each step
         self.steps = collections.defaultdict(list)  # episode_cumulative's key -> (value, dones) ...
         size = (len(algo.dones), algo.games_to_track, 1, algo.device)
         self.meters = collections.defaultdict(lambda: EpisodeMeter(*size))
@@ -1070,19 +1069,15 @@ class RLGPUAlgoObserver(AlgoObserver):
             if isinstance(value, dict):
                 self.add(value, "Episode/" if prefix + key == "episode" else f"{prefix}{key}/")
             elif isinstance(value, (int, float, np.number)):  # summed up here, not on the GPU
-                self.count(prefix + key, float(value), 1)
+                self.sums[prefix + key].append((float(value), 1))
             elif isinstance(value, Tensor) and (value.dim() == 0 or prefix == "Episode/"):
                 value = value.to(self.algo.device).detach().float()
-                self.count(prefix + key, value.sum(), value.numel())
-
-    def count(self, tag: str, value: Any, number: int) -> None:
-        total, n = self.sums.get(tag, (0.0, 0))
-        self.sums[tag] = (total + value, n + number)
+                self.sums[prefix + key].append((value.sum(), value.numel()))
 
     def after_print_stats(self, frame, epoch_num, total_time) -> None:
         write = self.writer.add_scalar
-        device = self.algo.device
-        means = [torch.as_tensor(x / max(n, 1), device=device) for x, n in self.sums.values()]
+        pairs = [(sum(x), sum(n)) for x, n in (zip(*steps) for steps in self.sums.values())]
+        means = [torch.as_tensor(x / max(n, 1), device=self.algo.device) for x, n in pairs]
         for tag, mean in zip(self.sums, torch.stack(means).tolist() if means else ()):
             if tag.startswith("Episode/"):
                 write(tag, mean, epoch_num)
@@ -1129,22 +1124,22 @@ class WandbAlgoObserver(AlgoObserver):
         args, run_dir = self.args, config["run_dir"]
         about = dict(project=args.wandb_project_name, entity=args.wandb_entity or None)
         about.update(name=experiment_name, id=config["wandb_run_id"], resume="allow", config=config)
-        for mode in (None, "offline"):  # None: as WANDB_MODE says, else online
-            try:
-                self.wandb = importlib.import_module("wandb")
-                settings = self.wandb.setup().settings
-                if mode is None and settings.mode == "online":  # init would wait for minutes
-                    with contextlib.suppress(urllib.error.HTTPError):  # any answer will do
-                        urllib.request.urlopen(settings.base_url, timeout=self.patience).close()
-                self.run = self.wandb.init(**about, dir=os.path.abspath(run_dir), mode=mode)
-                return
-            except ImportError as exc:
-                return warn(f"--track: {exc} (pip install wandb): training goes on without it")
-            except Exception as exc:
-                then = "training goes on without it" if mode else "recording offline, upload "
-                then += "" if mode else f"later: wandb sync {run_dir}/wandb/offline-run-*"
-                warn(f"W&B failed to start: {first_line(exc)}; {then}")
-                self.in_time(self.wandb.teardown, 2)  # a failed start would spoil the next one
+        about["dir"] = os.path.abspath(run_dir)
+        try:
+            self.wandb = importlib.import_module("wandb")
+        except ImportError as exc:
+            return warn(f"--track: {exc} (pip install wandb): training goes on without it")
+        try:
+            settings = self.wandb.setup().settings
+            if settings.mode == "online":  # init would wait for minutes
+                with contextlib.suppress(urllib.error.HTTPError):  # any answer will do
+                    urllib.request.urlopen(settings.base_url, timeout=self.patience).close()
+            self.run = self.wandb.init(**about)
+        except Exception as exc:
+            then = f"recording offline, upload later: wandb sync {run_dir}/wandb/offline-run-*"
+            warn(f"W&B failed to start: {first_line(exc)}; {then}")
+            self.in_time(self.wandb.teardown, 2)  # a failed start would spoil the next one
+            self.run = self.wandb.init(**about, mode="offline")
 
     def after_print_stats(self, frame, epoch_num, total_time) -> None:
         if self.run is None:
@@ -1161,8 +1156,7 @@ class WandbAlgoObserver(AlgoObserver):
 
     def close(self) -> None:
         try:
-            if self.run is not None and self.in_time(self.finish, self.patience):
-                self.run = None
+            self.in_time(self.finish, self.patience)
         finally:  # also if Ctrl-C cuts the waiting short
             if self.run is not None:
                 self.give_up("did not take everything in time")
@@ -1177,6 +1171,7 @@ class WandbAlgoObserver(AlgoObserver):
         for _ in range(32):
             self.run.config.persist()
         self.run.finish()
+        self.run = None
 
     def give_up(self, why: str) -> None:
         folder = os.path.relpath(os.path.dirname(self.run.dir))
@@ -1184,18 +1179,16 @@ class WandbAlgoObserver(AlgoObserver):
         warn(f"W&B {why}; upload the rest later with: wandb sync --include-online {folder}")
         self.in_time(self.wandb.teardown, 2)  # or W&B's exit hook would wait without end
 
-    def in_time(self, call: Callable[[], Any], seconds: float) -> bool:
-        """Whether W&B did as told in time. If not it may go on, in a thread that ends with us."""
-        done: List[Any] = []
+    def in_time(self, call: Callable[[], Any], seconds: float) -> None:
+        """Wait for W&B, but not for long: then it may go on, in a thread that ends with us."""
 
         def work():
             with contextlib.suppress(Exception):
-                done.append(call())
+                call()
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         thread.join(seconds)
-        return bool(done)
 
 
 class MultiObserver(AlgoObserver):
@@ -1258,11 +1251,8 @@ class MultiObserver(AlgoObserver):
 # dicts, so that it loads with weights_only=True, which runs no code.
 
 FORMAT_VERSION = 2
-COUNTERS = dict(epoch="epoch_num", frame="frame", total_time="total_time")  # key: agent's name
-COUNTERS.update(last_mean_rewards="last_mean_rewards", best_epoch="best_epoch")
-KINDS = dict(epoch=int, frame=int, total_time=float, last_mean_rewards=float, best_epoch=int)
-KINDS.update(num_obs=int, num_acts=int, args=dict, model=dict, optimizer=dict, wandb_run_id=str)
-KINDS.update(observers=list, episodes=list)
+COUNTERS = dict(frame=int, total_time=float, last_mean_rewards=float, best_epoch=int)
+KINDS = dict(COUNTERS, epoch=int, args=dict, wandb_run_id=str, observers=list)
 CONVERT = "if it is rl_games', convert it: python tools/from_rl_games.py {} ours.pth"
 
 
@@ -1272,43 +1262,57 @@ def agent_state(agent: PPOAgent) -> Dict[str, Any]:
     for group in optimizer["param_groups"]:
         group.update(lr=float(agent.lr), fused=None)  # as rl_games has them
     cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
-    rng = dict(torch=torch.get_rng_state(), cuda=cuda)
-    state = {key: getattr(agent, name) for key, name in COUNTERS.items()}
-    state.update(model=dict(agent.model.state_dict()), optimizer=optimizer, args=asdict(agent.args))
+    state = {name: getattr(agent, name) for name in COUNTERS}
+    state.update(format_version=FORMAT_VERSION, epoch=agent.epoch_num, args=asdict(agent.args))
+    state.update(model=agent.model.state_dict(), optimizer=optimizer)
     state.update(num_obs=int(env.num_obs), num_acts=int(env.num_acts))
-    state["format_version"] = FORMAT_VERSION
     state["clip_obs"] = float(getattr(env, "clip_obs", math.inf))
     state["env_state"] = env.get_env_state() if hasattr(env, "get_env_state") else None
+    state["rng"] = dict(torch=torch.get_rng_state(), cuda=cuda)
     state["episodes"] = [episodes.running, episodes.finished, episodes.count]
-    state.update(obs=agent.obs, dones=agent.dones, rng=rng, first_epoch=agent.first_epoch)
-    state["wandb_run_id"] = agent.config["wandb_run_id"]
-    state["observers"] = agent.algo_observer.state_dict()
+    state.update(obs=agent.obs, dones=agent.dones, observers=agent.algo_observer.state_dict())
+    state.update(first_epoch=agent.first_epoch, wandb_run_id=agent.config["wandb_run_id"])
     return plain(state)
 
 
-def restore_model(agent: PPOAgent, state: Dict[str, Any], path: str) -> None:
-    """Take over the weights and statistics. UserError if they are of another network or env."""
+def load_weights(model: ActorCritic, state: Dict[str, Any], path: str) -> None:
+    """Take over weights and statistics. UserError unless all tensors of the checkpoint, Adam's too,
+    are such as a run of this model would save; moments of another shape would crash Python."""
     with reading(path):
-        check_fits(state, agent.model, path)
-        agent.model.load_state_dict(state["model"])
+        expected, found = dict(model.state_dict()), dict(state["model"])
+        saved = state["optimizer"]["state"]
+        for i, parameter in enumerate(model.parameters()):
+            moments = dict(step=torch.zeros(()), exp_avg=parameter, exp_avg_sq=parameter)
+            for name, value in moments.items() if i in saved else ():
+                expected[f"Adam's {name} of parameter {i}"] = value
+                # The number of steps was an int in older versions of torch.
+                theirs = torch.tensor(float(saved[i][name])) if name == "step" else saved[i][name]
+                found[f"Adam's {name} of parameter {i}"] = theirs
+        for name in (*expected, *found):
+            sides = [side[name] if name in side else None for side in (found, expected)]
+            kinds = ["missing" if x is None else f"{x.dtype} {tuple(x.shape)}" for x in sides]
+            if kinds[0] != kinds[1]:
+                what = f"{name} is {kinds[0]}, but {kinds[1]} in a run with these arguments"
+                raise UserError(f"{path} does not fit the env or the network: {what}")
+        model.load_state_dict(state["model"])
 
 
 def restore_agent(agent: PPOAgent, state: Dict[str, Any], path: str) -> bool:
     """Go on from `state`. True if exactly, False if the environment had to start new episodes."""
-    restore_model(agent, state, path)
+    load_weights(agent.model, state, path)
     with reading(path):
         # How a step is computed is for this run to say; what was gathered so far is in `state`.
-        optimizer, old_lr = agent.optimizer.state_dict(), state["args"].get("learning_rate")
-        optimizer["state"] = state["optimizer"]["state"]
-        agent.optimizer.load_state_dict(optimizer)
+        ours, theirs = agent.optimizer.state_dict(), state["optimizer"]
+        agent.optimizer.load_state_dict({**ours, "state": theirs["state"]})
         agent.optimizer.param_groups[0]["lr"] = agent.lr
-        if old_lr in (None, agent.args.learning_rate):  # else a flag wins
-            agent.lr.fill_(state["optimizer"]["param_groups"][0]["lr"])
-        for key, name in COUNTERS.items():
-            setattr(agent, name, state[key])
+        if state["args"].get("learning_rate") in (None, agent.args.learning_rate):  # no new flag
+            agent.lr.fill_(theirs["param_groups"][0]["lr"])
+        for name in COUNTERS:
+            setattr(agent, name, state[name])
+        agent.epoch_num = agent.whole_epoch = state["epoch"]
         running, finished, count = state["episodes"]
-        agent.episodes.count = int(count)
         agent.episodes.finished = finished.to(agent.device).view(-1, 3)
+        agent.episodes.count = int(count)
         # Without exact_state the env's state is something like a curriculum: it fits any num_envs.
         env, whole = agent.env, getattr(agent.env, "exact_state", False)
         exact = whole and state["obs"].shape == agent.obs.shape and WORLD_SIZE == 1
@@ -1323,29 +1327,7 @@ def restore_agent(agent: PPOAgent, state: Dict[str, Any], path: str) -> bool:
             if state["rng"]["cuda"] is not None and agent.device.type == "cuda":
                 torch.cuda.set_rng_state(state["rng"]["cuda"], agent.device)
         agent.first_epoch = int(state["first_epoch"]) if exact else agent.epoch_num
-        agent.whole_epoch = agent.epoch_num
     return exact
-
-
-def check_fits(state: Dict[str, Any], model: ActorCritic, path: str) -> None:
-    """UserError unless the checkpoint's tensors are those that a run of this model would save."""
-    expected, found = dict(model.state_dict()), dict(state["model"])
-    for i, parameter in enumerate(model.parameters()):
-        moments = dict(step=torch.zeros(()), exp_avg=parameter, exp_avg_sq=parameter)
-        for name, value in moments.items() if i in state["optimizer"]["state"] else ():
-            expected[f"Adam's {name} of parameter {i}"] = value
-            theirs = state["optimizer"]["state"][i][name]
-            is_count = name == "step"  # which was an int in older versions of torch
-            theirs = torch.as_tensor(theirs, dtype=torch.float32) if is_count else theirs
-            found[f"Adam's {name} of parameter {i}"] = theirs
-    sides = (found, expected)
-    for name in (*expected, *found):
-        kind = [
-            f"{x[name].dtype} {tuple(x[name].shape)}" if name in x else "missing" for x in sides
-        ]
-        if kind[0] != kind[1]:
-            what = f"{name} is {kind[0]}, but {kind[1]} in a run with these arguments"
-            raise UserError(f"{path} does not fit the env or the network: {what}")
 
 
 @contextlib.contextmanager
@@ -1386,9 +1368,8 @@ def save_checkpoints(agent: PPOAgent, figures: Dict[str, float]) -> None:
     # episodes has ended. Before that the short episodes are over-represented.
     steps = (epoch - agent.first_epoch) * args.num_steps
     fair = steps >= getattr(agent.env, "max_episode_length", 0)
-    fair = fair and figures["finished"] == args.games_to_track
-    is_best = fair and agent.mean_rewards > agent.last_mean_rewards
-    if is_best and epoch >= args.save_best_after:
+    fair = fair and figures["finished"] == args.games_to_track and epoch >= args.save_best_after
+    if fair and agent.mean_rewards > agent.last_mean_rewards:
         before = (agent.last_mean_rewards, agent.best_epoch)
         agent.last_mean_rewards, agent.best_epoch = agent.mean_rewards, epoch
         save(agent, "best.pth")
@@ -1471,16 +1452,16 @@ def find_checkpoint(path: str) -> Tuple[str, Dict[str, Any]]:
     """(file, content) of a file, or of a run folder's readable file with the highest epoch."""
     if not os.path.isdir(path):
         return path, load_checkpoint(path)
-    found, folder = [], os.path.join(path, "nn")
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    numbers = {name: re.fullmatch(r"epoch_(\d+)\.pth", name) for name in names}
-    numbered = sorted((-int(match.group(1)), name) for name, match in numbers.items() if match)
-    for name in ("last.pth", "best.pth", *(name for _, name in numbered)):
+    files = glob.glob(os.path.join(glob.escape(path), "nn", "*.pth"))
+    names = {os.path.basename(file): file for file in files}
+    numbers = [int(n) for n in re.findall(r"\bepoch_(\d+)\.pth", " ".join(names))]
+    numbered = [f"epoch_{n}.pth" for n in sorted(numbers, reverse=True)]
+    found = []
+    for name in ("last.pth", "best.pth", *numbered):
         try:
             if name in names:
-                file = os.path.join(folder, name)
-                found.append((file, load_checkpoint(file)))
-                if numbers[name]:
+                found.append((names[name], load_checkpoint(names[name])))
+                if name in numbered:
                     break  # the others are older
         except UserError as exc:
             warn(f"{exc}: skipped")
@@ -1500,33 +1481,24 @@ class TrainingError(Exception):
     """Training cannot go on, or its result is not on disk: one line, and exit code 1."""
 
 
-LIVE_LINE = False  # whether the terminal's last line is an epoch's, to be drawn over
-
-
-def log(message: str, stream=None, live: bool = False) -> None:
-    """Print, in the process of rank 0. A terminal that is gone, full or of another encoding must
-    not end training, so what cannot be printed is dropped."""
-    global LIVE_LINE
-    if RANK == 0:
-        # RuntimeError: a signal handler printed while something else was being printed.
-        with contextlib.suppress(OSError, ValueError, RuntimeError):
-            if LIVE_LINE:
-                print("\r\x1b[K", end="", flush=True)
-            print(message, end="" if live else "\n", file=stream, flush=True)
-        LIVE_LINE = live
+def log(*fields: str, stream=None, live: bool = False) -> None:
+    """Print, in the process of rank 0. On a terminal a live line is drawn over by the next one, and
+    loses its last fields where it is too long. A terminal that is gone, full or of another encoding
+    must not end training, so what cannot be printed is dropped."""
+    if RANK != 0:
+        return
+    # RuntimeError: a signal handler printed while something else was being printed.
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        terminal = sys.stdout is not None and sys.stdout.isatty()
+        if terminal:
+            print("\r\x1b[K", end="", flush=True)
+        while live and terminal and len(" ".join(fields)) >= shutil.get_terminal_size().columns:
+            fields = fields[:-1]
+        print(*fields, end="" if live and terminal else "\n", file=stream, flush=True)
 
 
 def warn(message: str) -> None:
-    log(f"warning: {message}", sys.stderr)
-
-
-def show_epoch(parts: List[str]) -> None:
-    """An epoch's line: on a terminal drawn in place, without the last parts if it is too narrow."""
-    live = sys.stdout is not None and sys.stdout.isatty()
-    columns = shutil.get_terminal_size().columns if live else 10**6
-    while len(" ".join(parts)) >= columns and len(parts) > 1:
-        parts = parts[:-1]
-    log(" ".join(parts), live=live)
+    log(f"warning: {message}", stream=sys.stderr)
 
 
 def first_line(exc: BaseException) -> str:
@@ -1544,8 +1516,9 @@ def check_args(args: Args) -> None:
             raise UserError(f"--{field.name.replace('_', '-')} must be >= {least}, not {value}")
     if any(width < 1 for width in args.units):
         raise UserError(f"--units must be positive, not {args.units}")
-    batch, size = args.num_envs * args.num_steps, args.minibatch_size
-    if (batch % min(size, batch) or min(size, batch) < 2) and not args.play:
+    batch = args.num_envs * args.num_steps
+    size = min(args.minibatch_size, batch)
+    if not args.play and (batch % size or size < 2):
         what = f"num_envs x num_steps = {batch} samples cannot be split into minibatches of {size}"
         raise UserError(f"{what}: choose a --minibatch-size that divides {batch}")
     if args.play and (not args.checkpoint or WORLD_SIZE > 1):
@@ -1610,119 +1583,99 @@ def make_run_dir(args: Args, origin: str) -> str:
             break
     os.makedirs(os.path.join(run_dir, "nn"), exist_ok=args.resume)
     about = dict(args=asdict(args), origin=origin, command=shlex.join([sys.executable, *sys.argv]))
-    about["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
+    about["versions"] = dict(python=sys.version.split()[0], torch=torch.__version__)
     with open(os.path.join(run_dir, "config.json"), "w") as file:
         json.dump(about, file, indent=2)
     return run_dir
 
 
-class Runner:
-    """Does what args say: train, continue or play. checkpoint: (path, content) of args.checkpoint
-    or args.init_from, if it has been read before."""
-
-    def __init__(self, args: Args, algo_observer: Optional[AlgoObserver] = None, checkpoint=None):
-        self.args = args
-        observer = algo_observer or RLGPUAlgoObserver()
-        if not isinstance(observer, MultiObserver):  # which keeps a failing one from ending the run
-            observer = MultiObserver([observer])
-        observer.strict = args.strict_observers
-        self.algo_observer = observer if RANK == 0 else MultiObserver([])
-        source = args.checkpoint or args.init_from
-        if checkpoint is None and source:
-            checkpoint = find_checkpoint(source)
-        self.path, self.state = checkpoint or ("", None)
-
-    def run(self) -> Dict[str, Any]:
-        """Results: of the episodes played, or run_dir, epoch, best and stop_signal of training."""
-        args, state = self.args, self.state
-        check_args(args)
-        if args.checkpoint and not args.play and state["epoch"] >= args.max_epochs:
-            what = f"{args.checkpoint} is complete: {state['epoch']} of {args.max_epochs} epochs"
-            log(f"{what}. To train longer give a larger --max-epochs")
-            return dict(run_dir=args.checkpoint, epoch=state["epoch"], stop_signal=0)
-        device = pick_device(args.device)
-        if args.torch_threads:
-            torch.set_num_threads(args.torch_threads)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            torch.set_float32_matmul_precision("high")  # TF32, as in rl_games
-        elif args.mixed_precision:
-            log("--mixed-precision does nothing on a CPU, as in rl_games")
-        if WORLD_SIZE > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        seed_everything(args)
-        env = make_env(replace(args, seed=args.seed + RANK))
-        seed_everything(args)  # making an env may draw any number of random numbers
+def run(args: Args, observers: Sequence[AlgoObserver], path="", state=None) -> Dict[str, Any]:
+    """Do what args say: train, continue or play. path, state: the file that args.checkpoint or
+    args.init_from means, and its content. Returns the figures of play, or of training."""
+    check_args(args)
+    if args.checkpoint and not args.play and state["epoch"] >= args.max_epochs:
+        what = f"{args.checkpoint} is complete: {state['epoch']} of {args.max_epochs} epochs"
+        log(f"{what}. To train longer give a larger --max-epochs")
+        return dict(run_dir=args.checkpoint, epoch=state["epoch"], stop_signal=0)
+    device = pick_device(args.device)
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32, as in rl_games
+    elif args.mixed_precision:
+        log("--mixed-precision does nothing on a CPU, as in rl_games")
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    seed_everything(args)
+    env = make_env(replace(args, seed=args.seed + RANK))
+    seed_everything(args)  # making an env may draw any number of random numbers
+    try:
+        observer = MultiObserver(observers if RANK == 0 else (), args.strict_observers)
+        agent = PPOAgent(args, env, observer)
+        return play(agent, state, path) if args.play else train(agent, state, path)
+    finally:
         try:
-            agent = PPOAgent(args, env, self.algo_observer)
-            return play(agent, state, self.path) if args.play else self.train(agent)
-        finally:
-            try:
-                if hasattr(env, "close"):
-                    env.close()
-            except Exception as exc:
-                warn(f"the env's close() raised {exc!r}")
-            # gloo needs no farewell, and with torch 2.4 it sometimes hung in it.
-            if WORLD_SIZE > 1 and dist.get_backend() == "nccl":
-                dist.destroy_process_group()
+            if hasattr(env, "close"):
+                env.close()
+        except Exception as exc:
+            warn(f"the env's close() raised {exc!r}")
+        # gloo needs no farewell, and with torch 2.4 it sometimes hung in it.
+        if WORLD_SIZE > 1 and dist.get_backend() == "nccl":
+            dist.destroy_process_group()
 
-    def train(self, agent: PPOAgent) -> Dict[str, Any]:
-        args, state, observer = self.args, self.state, self.algo_observer
-        what, continues = f"training {args.env_id} on {agent.device}", False
-        if args.checkpoint:
-            exact = restore_agent(agent, state, self.path)
-            continues = os.path.isdir(args.checkpoint)
-            what = f"{'continuing' if continues else 'branching off'} {self.path} at epoch "
-            what += f"{agent.epoch_num}, frame {agent.frame:,}, {best_so_far(agent)}"
-            what += "; exactly where it stopped" if exact else "; the env starts new episodes"
-        elif state is not None:
-            restore_model(agent, state, self.path)
-            what += f" from the weights of {self.path}"
-        opened, lock = [""], None
-        if RANK == 0:
-            opened[0], lock = open_run_dir(args, self.path)
-        if WORLD_SIZE > 1:
-            together(dist.broadcast_object_list, opened, 0)
-        run_id = state["wandb_run_id"] if continues else ""
-        agent.open(opened[0], os.environ.get("WANDB_RUN_ID") or run_id or os.urandom(4).hex())
-        observer.before_init("train_ppo", agent.config, agent.config["name"])
-        observer.after_init(agent)
-        if args.checkpoint:
-            observer.load_state_dict(state["observers"])
-        try:
-            agent_state(agent)
-        except Exception as exc:  # found out before the first epoch rather than at the first save
-            if args.strict_observers:
-                raise
-            what = "the env's get_env_state() or an observer's state_dict() cannot be kept"
-            raise UserError(f"{what}: {first_line(exc)}") from exc
-        what += f"\n{WORLD_SIZE} x " if WORLD_SIZE > 1 else "\n"
-        what += f"{args.num_envs} envs x {args.num_steps} steps, {args.update_epochs} passes in "
-        size = min(args.minibatch_size, args.num_envs * args.num_steps)
-        log(f"{what}minibatches of {size}; writing to {opened[0]}")
-        try:
-            with stop_signals(agent):
-                agent.train()
-                save(agent, "last.pth", final=True)
-        except Exception:
-            save_after_crash(agent)
-            raise
-        finally:
-            observer.close()
-            with contextlib.suppress(Exception):  # rank 0 alone has a writer and a lock
-                agent.writer.close()
-                lock.close()
-        report(agent)
-        results = dict(run_dir=opened[0], epoch=agent.epoch_num, mean_reward=agent.mean_rewards)
-        return dict(results, best=agent.last_mean_rewards, stop_signal=agent.stop_signal)
+
+def train(agent: PPOAgent, state: Optional[Dict[str, Any]], path: str) -> Dict[str, Any]:
+    """All around PPOAgent.train. state, path: of the checkpoint to start from, if there is one."""
+    args, observer = agent.args, agent.algo_observer
+    continues = os.path.isdir(args.checkpoint)
+    if args.checkpoint:
+        exact = restore_agent(agent, state, path)
+        how = "exactly where it stopped" if exact else "the env starts new episodes"
+        what = f"{'continuing' if continues else 'branching off'} {path}"
+        log(f"{what} at epoch {agent.epoch_num}, frame {agent.frame:,}; {how}")
+    elif state is not None:
+        load_weights(agent.model, state, path)
+    opened, lock = [""], None
+    if RANK == 0:
+        opened[0], lock = open_run_dir(args, path)
+    if WORLD_SIZE > 1:
+        together(dist.broadcast_object_list, opened, 0)
+    run_id = state["wandb_run_id"] if continues else ""
+    agent.open(opened[0], os.environ.get("WANDB_RUN_ID") or run_id or os.urandom(4).hex())
+    observer.before_init("train_ppo", agent.config, agent.config["name"])
+    observer.after_init(agent)
+    if args.checkpoint:
+        observer.load_state_dict(state["observers"])
+    # A state that cannot be kept is found out before the first epoch, not at the first save.
+    states = "what get_env_state() or an observer's state_dict() returns"
+    with contextlib.nullcontext() if args.strict_observers else reading(states):
+        agent_state(agent)
+    envs = f"{WORLD_SIZE} x {args.num_envs}" if WORLD_SIZE > 1 else args.num_envs
+    what = f"{args.env_id} on {agent.device}, {envs} envs x {args.num_steps} steps"
+    log(f"training {what}; writing to {opened[0]}")
+    try:
+        with stop_signals(agent):
+            agent.train()
+            save(agent, "last.pth", final=True)
+    except Exception:
+        save_after_crash(agent)
+        raise
+    finally:
+        observer.close()
+        with contextlib.suppress(Exception):  # rank 0 alone has a writer and a lock
+            agent.writer.close()
+            lock.close()
+    report(agent)
+    results = dict(run_dir=opened[0], epoch=agent.epoch_num, mean_reward=agent.mean_rewards)
+    return dict(results, best=agent.last_mean_rewards, stop_signal=agent.stop_signal)
 
 
 @torch.no_grad()
 def play(agent: PPOAgent, state: Dict[str, Any], path: str) -> Dict[str, float]:
-    """Evaluate the mean actions in one whole episode of each environment. The first episodes that
-    end, from whichever environment, would be the short ones; and the episode in which one is when
-    play begins may have begun before."""
-    restore_model(agent, state, path)
+    """Evaluate the mean actions in one whole episode of each environment: the second, because the
+    first may have begun before. Those that end first, of whichever env, would be the short ones."""
+    load_weights(agent.model, state, path)
     env, obs = agent.env, agent.obs
     noise = torch.zeros(env.num_envs, env.num_acts, device=agent.device)
     returns = torch.zeros(env.num_envs, device=agent.device)
@@ -1782,26 +1735,20 @@ def stop_reason(agent: PPOAgent) -> str:
     return "done" if agent.epoch_num >= agent.args.max_epochs else "error"
 
 
-def best_so_far(agent: PPOAgent) -> str:
-    found = math.isfinite(agent.last_mean_rewards)
-    return f"best {agent.last_mean_rewards:.2f}" if found else "no best yet"
-
-
 def report(agent: PPOAgent) -> None:
     """The end of a run on the console: results, and the commands that go on from here."""
-    run_dir = agent.config["run_dir"]
     script = sys.argv[0] if sys.argv[0].endswith(".py") else __file__  # one with own observers?
     script = shlex.quote(os.path.relpath(script))
     launcher = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node={WORLD_SIZE}"
     name = "best.pth" if os.path.exists(os.path.join(agent.nn_dir, "best.pth")) else "last.pth"
     more = "" if agent.stop_signal else f" --max-epochs {2 * agent.args.max_epochs}"
     env = f" --env-id {agent.args.env_id}" if ":" in agent.args.env_id else ""
-    folder = shlex.quote(run_dir)
-    reward = f"mean reward {agent.mean_rewards:.2f}, {best_so_far(agent)}"
-    reward = reward if agent.episodes.count else "no episode finished"
+    folder = shlex.quote(agent.config["run_dir"])
+    reward = f"mean reward {agent.mean_rewards:.2f}" if agent.episodes.count else "no episode ended"
+    if math.isfinite(agent.last_mean_rewards):
+        reward += f", best {agent.last_mean_rewards:.2f}"
     log(
         f"\nstopped after epoch {agent.epoch_num} ({stop_reason(agent)}), {reward}\n"
-        f"files     {run_dir}\n"
         f"play      python {script} --play --checkpoint {folder}/nn/{name}{env}\n"
         f"continue  {launcher} {script} --checkpoint {folder}{more}{env}\n"
         f"curves    tensorboard --logdir {folder}/summaries"
@@ -1809,13 +1756,12 @@ def report(agent: PPOAgent) -> None:
 
 
 # Arguments that a checkpoint does not pass on: they say what this start of the program is for.
-NOT_INHERITED = set("checkpoint init_from resume play device experiment train_dir".split())
-NOT_INHERITED.add("torch_threads")
+NOT_INHERITED = "checkpoint init_from resume play device experiment train_dir torch_threads".split()
 NETWORK_ARGS = {"units", "activation", "separate", "normalize_input", "normalize_value"}
 
 
 def parse_args(argv: Optional[Sequence[str]] = None):
-    """Args from flags (sys.argv by default), and (path, content) of the checkpoint that they name.
+    """Args from flags (sys.argv by default), and path and content of the checkpoint that they name.
     The flags are parsed twice: first to learn which checkpoint or task is meant, then over the
     values found there."""
     parse = functools.partial(tyro.cli, Args, args=argv, description=__doc__.splitlines()[0])
@@ -1824,56 +1770,40 @@ def parse_args(argv: Optional[Sequence[str]] = None):
     if first.resume and glob.glob(os.path.join(glob.escape(folder), "nn", "*.pth")):
         first = replace(first, checkpoint=folder)
     source = first.checkpoint or first.init_from
-    checkpoint = find_checkpoint(source) if source else None
-    found = inherited_args(first, *checkpoint) if checkpoint else {}
+    path, state = find_checkpoint(source) if source else ("", None)
+    found = inherited_args(first, path, state) if source else {}
     if "env_id" not in found and uses_isaacgym(first):
-        from omegaconf import OmegaConf
-
-        cfg = compose_isaacgym_config(first)
-        params = OmegaConf.to_container(cfg.train, resolve=True)["params"]
+        params = compose_isaacgym_config(first).train.params
         found = {**settings_from_yaml(params, first.env_id), **found}
-    if first.resume:
-        found["checkpoint"] = first.checkpoint
-    return parse(default=replace(Args(), **found)), checkpoint
+    args = parse(default=replace(Args(), **found))
+    return replace(args, checkpoint=first.checkpoint), path, state
 
 
 def inherited_args(first: Args, path: str, state: Dict[str, Any]) -> Dict[str, Any]:
     """The checkpoint's arguments. It chooses no code: module:factory must come from a flag."""
     names = vars(first).keys() - NOT_INHERITED if first.checkpoint else NETWORK_ARGS
-    found = {name: value for name, value in state["args"].items() if name in names}
+    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in state["args"].items()}
+    found = {name: value for name, value in saved.items() if name in names}
     for field in fields(Args):
         value = found.get(field.name, field.default)
-        value = tuple(value) if isinstance(value, list) else value
         choices = typing.get_args(field.type) if isinstance(field.default, str) else ()
         good = type(value) is type(field.default) and (not choices or value in choices)
         if not good or (field.name == "units" and any(type(width) is not int for width in value)):
             raise UserError(f"{path} is damaged: its {field.name} is {value!r}")
-        if field.name in found:
-            found[field.name] = value
     env_id = found.get("env_id", "")
     if ":" in env_id and first.env_id == Args.env_id:
         raise UserError(f"{path} was trained on your own env: repeat its flag, --env-id {env_id}")
     return found
 
 
-def give_up_broken_streams() -> None:
-    """Otherwise Python complains about a pipe that is gone, and changes the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except (OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
 def main(argv: Optional[Sequence[str]] = None, observers: Sequence[AlgoObserver] = ()) -> None:
     """The command. `observers` are yours, called after RLGPUAlgoObserver and before W&B's."""
     try:
-        args, checkpoint = parse_args(argv)
+        args, path, state = parse_args(argv)
         everyone = [RLGPUAlgoObserver(), *observers]
         if args.track:
             everyone.append(WandbAlgoObserver(args))  # last: it sends what the others wrote
-        result = Runner(args, MultiObserver(everyone), checkpoint).run()
+        result = run(args, everyone, path, state)
     except (UserError, TrainingError) as exc:
         if RANK == 0 or isinstance(exc, TrainingError):
             with contextlib.suppress(OSError, ValueError):
@@ -1884,7 +1814,13 @@ def main(argv: Optional[Sequence[str]] = None, observers: Sequence[AlgoObserver]
     except BrokenPipeError:  # --help | head
         sys.exit(1)
     finally:
-        give_up_broken_streams()
+        # At its exit Python would complain about a pipe that is gone, and change the exit code.
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                if stream is not None:
+                    stream.flush()
+            except (OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     code = 128 + result["stop_signal"] if result.get("stop_signal") else 0
     if WORLD_SIZE > 1 and dist.is_initialized() and dist.get_backend() == "gloo":
         os._exit(code)  # all is written; with torch 2.4 gloo's threads may abort Python's own exit

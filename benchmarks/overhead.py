@@ -68,7 +68,7 @@ def leave_out(name: str) -> None:
 def train(job: str, folder: str) -> None:
     args = train_ppo.Args(train_dir=folder, experiment=job, device="cpu", sim="torch")
     observers = [train_ppo.RLGPUAlgoObserver()] if job == WITH else []
-    train_ppo.Runner(args, train_ppo.MultiObserver(observers)).run()
+    train_ppo.run(args, observers)
 
 
 def train_both(first: str, second: str) -> None:
