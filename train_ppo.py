@@ -597,10 +597,9 @@ class PPOAgent:
 #                    episode, episode_cumulative, any scalar: logged (RLGPUAlgoObserver)
 #
 # It may have more: max_episode_length; clip_obs, the range of its observations, for exporting the
-# policy; get_env_state() and set_env_state(state), kept in checkpoints, and exact_state = True if
-# that and torch's generators are the whole simulation, so that a run can continue to the last bit;
-# set_train_info(frame, algo), called before each rollout in every process, the place for a
-# curriculum; close().
+# policy; set_train_info(frame, algo), called before each rollout in every process, the place for a
+# curriculum; close(); get_env_state() and set_env_state(state), kept in checkpoints. exact_state =
+# True says that these and torch's generators are the whole simulation: a run continues exactly.
 
 
 class Cartpole:
@@ -1156,7 +1155,8 @@ class WandbAlgoObserver(AlgoObserver):
 
     def close(self) -> None:
         try:
-            self.in_time(self.finish, self.patience)
+            if self.run is not None:
+                self.in_time(self.finish, self.patience)
         finally:  # also if Ctrl-C cuts the waiting short
             if self.run is not None:
                 self.give_up("did not take everything in time")
@@ -1332,10 +1332,10 @@ def restore_agent(agent: PPOAgent, state: Dict[str, Any], path: str) -> bool:
 
 @contextlib.contextmanager
 def reading(path: str):
-    """Whatever goes wrong while a checkpoint is read or restored is one line about that file."""
+    """Whatever goes wrong with a checkpoint, or with what goes into one, is one line about it."""
     try:
         yield
-    except (UserError, TrainingError):
+    except UserError:
         raise
     except Exception as exc:
         reason = f"{type(exc).__name__}: {first_line(exc)}"
