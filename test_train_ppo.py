@@ -382,7 +382,6 @@ def test_config_json_says_how_to_run_it_again(default_run):
     assert Args(**saved) == Args()
     assert config["versions"]["torch"] == torch.__version__
     assert "train_ppo.py" in config["command"]
-    assert "git_commit" in config
     assert config["origin"] == "", "it started from nothing"
 
 
@@ -783,8 +782,8 @@ def test_play_takes_one_episode_of_every_env(here):
     env = ["--env-id", f"{__name__}:one_and_nine_env"]
     main([*env, *SMALL, "--experiment", "r"])
     flags = [*env, "--num-envs", "10", "--minibatch-size", "3"]
-    args, checkpoint = train_ppo.parse_args(["--play", "--checkpoint", "runs/r", *flags])
-    result = train_ppo.Runner(args, checkpoint=checkpoint).run()
+    args, path, state = train_ppo.parse_args(["--play", "--checkpoint", "runs/r", *flags])
+    result = train_ppo.Runner(args, train_ppo.MultiObserver([]), path, state).run()
     expected = {"mean": 5, "std": 4, "min": 1, "max": 9, "length": 5, "count": 10}
     assert result == expected
 
@@ -1106,7 +1105,7 @@ def test_rl_games_observers_run_unchanged(here):
 
     # IsaacAlgoObserver logs what RLGPUAlgoObserver logs, so it takes its place. A key that comes
     # late would stop its own loop.
-    args, _ = train_ppo.parse_args(["--env-id", f"{__name__}:no_late_env", *flags, "q"])
+    args, *_ = train_ppo.parse_args(["--env-id", f"{__name__}:no_late_env", *flags, "q"])
     observers = [theirs.IsaacAlgoObserver(), train_ppo.WandbAlgoObserver(args)]
     train_ppo.Runner(args, train_ppo.MultiObserver(observers)).run()
     found = scalars("runs/q")
@@ -1362,7 +1361,7 @@ def test_shaped_return_is_measured_with_the_bootstrap(here):
         gamma=0.9,
     )
     observer = Capture()
-    train_ppo.Runner(args, observer).run()
+    train_ppo.Runner(args, train_ppo.MultiObserver([observer])).run()
     agent = observer.algo
     # Env 0 ends after three steps of its own, one of which was the check of the contract.
     rewards = agent.buffer["rewards"][:2, 0].sum()
@@ -2644,9 +2643,8 @@ CHANGES = {
     "rng without torch's": ("c", lambda s: s["rng"].pop("torch")),
     "torch's rng too short": ("c", lambda s: s["rng"].update(torch=torch.zeros(3).byte())),
     "torch's rng nonsense": ("c", lambda s: s["rng"].update(torch=torch.zeros(5056).byte())),
-    "Python's rng None": ("c", lambda s: s["rng"].update(python=None)),
-    "Python's rng nonsense": ("c", lambda s: s["rng"].update(python=[3, [-1] * 625, None])),
-    "numpy's rng of another kind": ("c", lambda s: s["rng"].update(numpy=["PCG64", [1], 0, 0, 0])),
+    "rng without the GPU's": ("c", lambda s: s["rng"].pop("cuda")),
+    "rng with Python's, as older files": ("", lambda s: s["rng"].update(python=None, numpy=None)),
     "observers None": ("c", lambda s: s.update(observers=None)),
     "observers numbers": ("c", lambda s: s.update(observers=[1])),
     "another key": ("", lambda s: s.update(more=1)),
@@ -2730,7 +2728,7 @@ CONVERT_TOOL = str(HERE / "tools/from_rl_games.py")
 def rl_games_runner(observer=None, **config):
     """rl_games' own Runner on our Cartpole; `config` as in its yaml files."""
     pytest.importorskip("rl_games.torch_runner")
-    torch.set_num_threads(1)  # as our Runner does; more are slower, much so on a busy machine
+    torch.set_num_threads(1)  # as ours does; more are slower, much so on a busy machine
     ours = {"units": config.pop("units", (32, 32)), "separate": config.pop("separate", False)}
     args = Args(num_envs=config.get("num_actors", 512), max_epochs=10, seed=7, **ours)
     config = {"save_frequency": 10, "save_best_after": 5, "train_dir": "theirs", **config}
@@ -3682,7 +3680,7 @@ def test_bad_numbers_stop_training_and_spoil_nothing(here, monkeypatch, capsys, 
         flags = ["--max-epochs", "100", "--save-best-after", "1", "--experiment", "r"]
         main([*env, *SMALL, *flags])
     error = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 1 and "epoch 8" in error and "runs/r/nan_dump.pth" in error
+    assert stopped.value.code == 1 and error.endswith("epoch 8")
     messages = {
         "observations": "NaN or Inf in obs of 3 of 32 envs at step 4 of the rollout",
         "observations after the last step": "NaN or Inf in obs of 3 of 32 envs at step 9",
@@ -3694,8 +3692,6 @@ def test_bad_numbers_stop_training_and_spoil_nothing(here, monkeypatch, capsys, 
         state = load_checkpoint(str(path))
         assert state["epoch"] < 8
         assert all(torch.isfinite(weight).all() for weight in state["model"].values())
-    dump = load_checkpoint("runs/r/nan_dump.pth")
-    assert dump["what"] in error and dump["buffer"]["obs"].shape == (8, 32, 2)
     monkeypatch.setenv("BAD", "")
     main([*env, "--checkpoint", "runs/r", "--max-epochs", "9"])
     assert load_checkpoint("runs/r/nn/last.pth")["epoch"] == 9
@@ -3941,7 +3937,7 @@ def test_a_process_that_dies_or_goes_bad_ends_the_others(here):
     assert err == "error: NaN or Inf in another process, so number 0 stops too\n"
     assert other_err.count("\n") == 1
     assert "error: NaN or Inf in rewards of 1 of 16 envs at step 1 of the rollout" in other_err
-    assert os.path.exists("runs/bad/nan_dump_1.pth") and os.listdir("runs/bad/nn") == ["last.pth"]
+    assert os.listdir("runs/bad/nn") == ["last.pth"]
     state = load_checkpoint("runs/bad/nn/last.pth")
     assert state["epoch"] == 3, "what was learned before is there"
     assert all(torch.isfinite(weight).all() for weight in state["model"].values())
@@ -4143,7 +4139,7 @@ def test_a_checkpoint_chooses_no_code(here, capsys):
         assert stopped.value.code == 2
         assert "repeat its flag, --env-id evil:make" in capsys.readouterr().err
     assert not os.path.exists("imported")
-    args, _ = train_ppo.parse_args(["--env-id", "mine:make", "--checkpoint", "stranger.pth"])
+    args, *_ = train_ppo.parse_args(["--env-id", "mine:make", "--checkpoint", "stranger.pth"])
     assert (args.env_id, args.train_dir, args.device) == ("mine:make", "runs", "auto")
     assert args.torch_threads == Args().torch_threads
 

@@ -33,7 +33,6 @@ import json
 import math
 import os
 import pickle
-import platform
 import random
 import re
 import shlex
@@ -71,6 +70,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+__version__ = "1.0.0"
+
 # Several GPUs: torchrun starts WORLD_SIZE processes of this program, numbered by RANK. Each has
 # environments and a seed of its own. All start from rank 0's weights and average gradients, KL
 # divergence, statistics and figures (`average`), so that all take the same decisions. Rank 0 alone
@@ -107,9 +108,11 @@ class Args:
     max_epochs: int = 100  # rollouts and updates in all, earlier parts of the run included
     save_frequency: int = 25  # epochs between the periodic checkpoints; 0: none
     save_best_after: int = 50  # first epoch that may write best.pth
+    best_metric: str = ""  # what best.pth goes by, such as Episode/success; empty: the mean reward
     games_to_track: int = 100  # finished episodes in the window of the mean reward
     strict_observers: bool = False  # an observer that raises ends training, for debugging it
     play: bool = False  # run the policy of --checkpoint instead of training; writes nothing
+    json: str = ""  # a file in which --play writes its results
 
     # Weights & Biases
     track: bool = False  # log there too; its own variables (WANDB_MODE, WANDB_TAGS ...) are obeyed
@@ -534,7 +537,8 @@ class PPOAgent:
         self.frames_per_epoch = args.num_steps * env.num_envs * WORLD_SIZE
         self.total_time = 0.0  # seconds of training
         self.mean_rewards = -math.inf  # of the last games_to_track episodes
-        self.last_mean_rewards = -math.inf  # the best mean reward so far, by rl_games' name for it
+        self.score = -math.inf  # what best.pth goes by: the mean reward or best_metric
+        self.last_mean_rewards = -math.inf  # the best score so far, by rl_games' name for it
         self.best_epoch = 0
         self.stop_signal = 0  # the number of the signal that asked to stop after this epoch
 
@@ -566,6 +570,7 @@ class PPOAgent:
         self.first_epoch = 0  # epochs before the environments started
         self.whole_epoch: Optional[int] = 0  # the epoch that the weights completed; None amid one
         self.time_outs_seen = False
+        self.policy_metadata = policy_metadata(env)
         self.save_failed = False
 
     def train(self) -> None:
@@ -610,6 +615,9 @@ class PPOAgent:
             self.config[theirs] = self.config[ours]
         self.nn_dir = os.path.join(run_dir, "nn")
         self.writer = Writer(os.path.join(run_dir, "summaries")) if RANK == 0 else None
+        if RANK == 0:
+            rows = "".join(f"\n|{name}|{value}|" for name, value in asdict(self.args).items())
+            self.writer.add_text("arguments", "|argument|value|\n|-|-|" + rows)
 
     def on_step(self, infos: Dict[str, Any], dones: Tensor) -> None:
         """Hand a step of the rollout to the observers."""
@@ -631,9 +639,11 @@ class PPOAgent:
 #                    episode, episode_cumulative, any scalar: logged (RLGPUAlgoObserver)
 #
 # It may have more: max_episode_length; clip_obs, the range of its observations, for exporting the
-# policy; get_env_state() and set_env_state(state), kept in checkpoints, and exact_state = True if
-# that is the whole simulation, so that a run can continue to the last bit; set_train_info(frame,
-# algo), called before each rollout in every process, the place for a curriculum; close().
+# policy; policy_metadata(), a dict of numbers, strings and lists that a robot needs besides the
+# weights, such as action scale and joint names; set_train_info(frame, algo), called before each
+# rollout in every process, the place for a curriculum; close(); get_env_state() and
+# set_env_state(state), kept in checkpoints. exact_state = True says that these and torch's
+# generators are the whole simulation: a run continues exactly.
 
 
 class Cartpole:
@@ -820,7 +830,7 @@ def compose_isaacgym_config(args: Args, num_envs: Any = ""):
             return compose(config_name="config", overrides=overrides.split())
     except MissingConfigException as exc:
         files = sorted(os.listdir(os.path.join(folder, "task")))
-        known = ", ".join([file[: -len(".yaml")] for file in files] + ["module:factory"])
+        known = ", ".join([*files, "module:factory"]).replace(".yaml", "")
         raise UserError(f"unknown --env-id {args.env_id}: choose one of {known}") from exc
 
 
@@ -838,21 +848,31 @@ NO_EFFECT = """
 """.split()
 
 
+def policy_metadata(env) -> Dict[str, Any]:
+    """What a robot needs besides the weights: what the env says or, of an IsaacGymEnvs task, what
+    can be read off it. UserError if JSON cannot hold it."""
+    names = (
+        "dt control_freq_inv decimation clip_obs clip_actions action_scale power_scale dof_names"
+    )
+    found = {name: getattr(env, name, None) for name in names.split()}
+    metadata = {k: v for k, v in found.items() if isinstance(v, (int, float, str, list))}
+    if hasattr(env, "policy_metadata"):
+        metadata = env.policy_metadata()
+    try:
+        return json.loads(json.dumps(metadata, allow_nan=False))
+    except (TypeError, ValueError) as exc:
+        raise UserError(f"the env's policy_metadata(): {exc}; use numbers, strings, lists") from exc
+
+
 def task_settings(args: Args) -> Dict[str, Any]:
     """The arguments that come with a task: SETTINGS of the module of module:factory, a dict with
     the names of Args, or <Task>PPO.yaml of an IsaacGymEnvs task."""
     if ":" in args.env_id:
         settings = getattr(import_env_module(args.env_id), "SETTINGS", {})
-        unknown = ", ".join(sorted(settings.keys() - vars(args).keys()))
-        if unknown:
-            raise UserError(f"SETTINGS of --env-id {args.env_id} has unknown names: {unknown}")
-        return settings
+        return checked(settings, f"SETTINGS of --env-id {args.env_id}")
     if not uses_isaacgym(args):
         return {}
-    from omegaconf import OmegaConf
-
-    train = OmegaConf.to_container(compose_isaacgym_config(args).train, resolve=True)
-    return settings_from_yaml(train["params"], args.env_id)
+    return settings_from_yaml(compose_isaacgym_config(args).train.params, args.env_id)
 
 
 def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
@@ -980,19 +1000,13 @@ def check_finite(agent: PPOAgent) -> None:
     for t, name, x in [*rows, (steps, "obs", agent.obs)]:
         bad = int((~x.isfinite()).reshape(len(x), -1).any(1).sum())
         if bad:
-            where = f"{bad} of {len(x)} envs at step {t + 1} of the rollout"
-            stop_for_bad_numbers(agent, f"{name} of {where}")
+            what = f"{name} of {bad} of {len(x)} envs at step {t + 1} of the rollout"
+            raise TrainingError(f"NaN or Inf in {what}, epoch {agent.epoch_num}")
     if WORLD_SIZE > 1:  # else it was only a sum that is too large
         raise TrainingError(f"NaN or Inf in another process, so number {RANK} stops too")
 
 
-def stop_for_bad_numbers(agent: PPOAgent, what: str) -> None:
-    """End training without a checkpoint of this epoch; nan_dump.pth has what was in memory."""
-    name = "nan_dump.pth" if RANK == 0 else f"nan_dump_{RANK}.pth"
-    path = os.path.join(agent.config["run_dir"], name)
-    with contextlib.suppress(OSError):
-        save_checkpoint({**agent_state(agent), "buffer": agent.buffer, "what": what}, path)
-    raise TrainingError(f"NaN or Inf in {what}, epoch {agent.epoch_num}; see {path}")
+EPISODE_SUMS = ("rewards", "shaped_rewards", "episode_lengths")  # rl_games' names in the log
 
 
 def collect_figures(agent: PPOAgent, losses: Tensor, batch: Batch) -> Dict[str, float]:
@@ -1000,21 +1014,19 @@ def collect_figures(agent: PPOAgent, losses: Tensor, batch: Batch) -> Dict[str, 
     Sets agent.mean_rewards; TrainingError if the update has gone wrong."""
     window = agent.episodes.finished
     unexplained = (batch.returns - batch.values).var() / batch.returns.var().clamp(min=1e-8)
-    weights = torch.stack([p.detach().sum() for p in agent.model.parameters()]).sum()
-    longest = window[:, 2].max() if len(window) else weights.new_zeros(())
-    others = torch.stack((1.0 - unexplained, agent.lr.float(), weights, longest))
-    counts = torch.tensor([len(window), agent.stop_signal], dtype=torch.float32)
-    vector = torch.cat((losses, others, window.sum(0), counts.to(agent.device)))
-    names = (*LOSSES, "kl", "explained_variance", "lr", "weights", "longest")
-    names += ("reward", "shaped_reward", "length", "finished", "stop")
-    figures = dict(zip(names, average(vector).tolist()))
+    tensors = dict(zip((*LOSSES, "kl"), losses), explained_variance=1.0 - unexplained, lr=agent.lr)
+    tensors["weights"] = torch.stack([p.detach().sum() for p in agent.model.parameters()]).sum()
+    tensors.update(zip(EPISODE_SUMS, window.sum(0)))
+    counts = agent.lr.new_tensor([len(window), agent.stop_signal])
+    tensors.update(zip(("finished", "stop"), counts))
+    figures = dict(zip(tensors, average(torch.stack(list(tensors.values()))).tolist()))
     for name in (*LOSSES, "kl", "weights"):
         if not math.isfinite(figures[name]):
-            stop_for_bad_numbers(agent, f"the {name} of the update")
-    for name in ("reward", "shaped_reward", "length"):
-        figures[name] /= max(figures["finished"], 1.0)
+            raise TrainingError(f"NaN or Inf in the {name} of the update, epoch {agent.epoch_num}")
     if figures["finished"]:
-        agent.mean_rewards = figures["reward"]
+        for name in EPISODE_SUMS:
+            figures[name] /= figures["finished"]
+        agent.mean_rewards = figures["rewards"]
     if figures["stop"] and not agent.stop_signal:  # another process got a signal
         agent.stop_signal = signal.SIGTERM
     return figures
@@ -1037,26 +1049,29 @@ def log_epoch(agent: PPOAgent, figures, step_time: float, play_time: float, epoc
     info = dict(last_lr=figures["lr"], lr_mul=1.0, e_clip=args.clip_coef, kl=figures["kl"])
     for name, value in dict(info, epochs=epoch).items():
         write(f"info/{name}", value, frame)
-    episodes = dict(rewards="reward", shaped_rewards="shaped_reward", episode_lengths="length")
-    for tag, name in episodes.items() if figures["finished"] else ():
+    for name in EPISODE_SUMS if figures["finished"] else ():
         for axis, step in (("step", frame), ("iter", epoch), ("time", agent.total_time)):
-            write(f"{tag}/{axis}", figures[name], step)
+            write(f"{name}/{axis}", figures[name], step)
     agent.algo_observer.after_print_stats(frame, epoch, agent.total_time)
+    agent.score, scalars = agent.mean_rewards, agent.writer.scalars
+    if args.best_metric:
+        agent.score = scalars.get(args.best_metric, -math.inf)
+        if figures["finished"] and args.best_metric not in scalars:
+            warn_once(f"--best-metric {args.best_metric} is not logged: {', '.join(scalars)} are")
     agent.writer.end_epoch()
 
     done = "no episode finished yet"
     if figures["finished"]:
-        done = f"reward {figures['reward']:.2f} length {figures['length']:.1f}"
+        done = f"reward {figures['rewards']:.2f} length {figures['episode_lengths']:.1f}"
     left = int(epoch_time * (args.max_epochs - epoch))
     left = f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
     fps = "fps " + "/".join(f"{rate / 1000:.0f}k" for rate in rates)
     lr = f"lr {figures['lr']:.1e}"
-    show_epoch([f"epoch {epoch}/{args.max_epochs}", done, left, lr, fps, f"frames {frame:,}"])
+    log(f"epoch {epoch}/{args.max_epochs}", done, left, lr, fps, f"frames {frame:,}", live=True)
     limit = getattr(agent.env, "max_episode_length", math.inf)
-    if figures["longest"] >= limit - 1 and not agent.time_outs_seen:
-        agent.time_outs_seen = True  # say it once
+    if not agent.time_outs_seen and (agent.episodes.finished[:, 2] >= limit - 1).any():
         what = f"episodes end at max_episode_length ({limit}) but there is no infos['time_outs']"
-        warn(f"{what}: the clock is taken for failure")
+        warn_once(f"{what}: the clock is taken for failure")
 
 
 class Writer(SummaryWriter):
@@ -1087,39 +1102,35 @@ class Writer(SummaryWriter):
 
 
 class AlgoObserver:
-    """rl_games' six hooks, in the order in which they are called, and three of our own: none needs
-    to be overridden, and rl_games' own observers plug in unchanged. `algo` is the PPOAgent."""
+    """rl_games' six hooks, in the order in which they are called, and three of our own. None needs
+    to be overridden, and rl_games' own observers plug in unchanged.
 
-    def before_init(self, base_name: str, config: Dict[str, Any], experiment_name: str) -> None:
-        """Before training. config: all arguments, also by rl_games' names, and run_dir."""
+    before_init        before training; config: the arguments, by rl_games' names too, and run_dir
+    after_init         the PPOAgent is complete
+    process_infos      after each step; done_indices (n, 1): the environments whose episode ended,
+                       of which algo.dones (E,) is the mask; copy what you keep of infos
+    after_steps        after the rollout, before the update
+    after_clear_stats  rl_games calls it when it clears its meters; here nothing does
+    after_print_stats  at the end of an epoch: log here; frame: env steps; total_time: seconds
+    close              the run ends
+    state_dict         what to keep in checkpoints: tensors, numbers, strings, lists and dicts
+    load_state_dict    gets it back, after after_init, when a run is continued
+    """
 
     def after_init(self, algo: PPOAgent) -> None:
-        """The agent is complete."""
         self.algo = algo
         self.writer = algo.writer
 
-    def process_infos(self, infos: Dict[str, Any], done_indices: Optional[Tensor]) -> None:
-        """After each step. done_indices (n, 1): the environments whose episode ended; the mask is
-        algo.dones (E,). Copy what you keep of infos."""
-
-    def after_steps(self) -> None:
-        """After the rollout, before the update."""
-
-    def after_clear_stats(self) -> None:
-        """rl_games calls this when it clears its meters. Here nothing does."""
-
-    def after_print_stats(self, frame: int, epoch_num: int, total_time: float) -> None:
-        """At the end of an epoch: log here. frame: env steps so far; total_time: seconds so far."""
-
-    def close(self) -> None:
-        """The run ends. This hook and the next two are not rl_games'."""
-
     def state_dict(self) -> Dict[str, Any]:
-        """What to keep in checkpoints: tensors, numbers, strings, lists and dicts."""
         return {}
 
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Back to what state_dict gave, after after_init, when a run is continued."""
+    def before_init(self, base_name: str, config: Dict[str, Any], experiment_name: str) -> None: ...
+    def process_infos(self, infos: Dict[str, Any], done_indices: Optional[Tensor]) -> None: ...
+    def after_steps(self) -> None: ...
+    def after_clear_stats(self) -> None: ...
+    def after_print_stats(self, frame: int, epoch_num: int, total_time: float) -> None: ...
+    def close(self) -> None: ...
+    def load_state_dict(self, state: Dict[str, Any]) -> None: ...
 
 
 class RLGPUAlgoObserver(AlgoObserver):
@@ -1135,7 +1146,7 @@ class RLGPUAlgoObserver(AlgoObserver):
 
     def after_init(self, algo) -> None:
         super().after_init(algo)
-        self.sums: Dict[str, Tuple[Any, int]] = {}  # tag -> sum and count over the epoch
+        self.sums = collections.defaultdict(list)  # tag -> (sum, count) of each step
         self.steps = collections.defaultdict(list)  # episode_cumulative's key -> (value, dones) ...
         size = (len(algo.dones), algo.games_to_track, 1, algo.device)
         self.meters = collections.defaultdict(lambda: EpisodeMeter(*size))
@@ -1153,35 +1164,52 @@ class RLGPUAlgoObserver(AlgoObserver):
             if isinstance(value, dict):
                 self.add(value, "Episode/" if prefix + key == "episode" else f"{prefix}{key}/")
             elif isinstance(value, (int, float, np.number)):  # summed up here, not on the GPU
-                self.count(prefix + key, float(value), 1)
+                self.sums[prefix + key].append((float(value), 1))
             elif isinstance(value, Tensor) and (value.dim() == 0 or prefix == "Episode/"):
                 value = value.to(self.algo.device).detach().float()
-                self.count(prefix + key, value.sum(), value.numel())
+                self.sums[prefix + key].append((value.sum(), value.numel()))
 
-    def count(self, tag: str, value: Any, number: int) -> None:
-        total, n = self.sums.get(tag, (0.0, 0))
-        self.sums[tag] = (total + value, n + number)
+    def after_steps(self) -> None:
+        """Bring together what the environments of all processes have reported."""
+        if WORLD_SIZE > 1:
+            everyone: List[Any] = [None] * WORLD_SIZE
+            together(dist.all_gather_object, everyone, self.totals())
+            for totals in everyone:
+                for tag, total in totals.items():
+                    self.sums[tag].append(total)
 
-    def after_print_stats(self, frame, epoch_num, total_time) -> None:
-        write = self.writer.add_scalar
-        device = self.algo.device
-        means = [torch.as_tensor(x / max(n, 1), device=device) for x, n in self.sums.values()]
-        for tag, mean in zip(self.sums, torch.stack(means).tolist() if means else ()):
-            if tag.startswith("Episode/"):
-                write(tag, mean, epoch_num)
-            else:
-                for axis, step in (("frame", frame), ("iter", epoch_num), ("time", total_time)):
-                    write(f"{tag}/{axis}", mean, step)
+    def totals(self) -> Dict[str, Tuple[float, int]]:
+        """Sum and count of each tag since the last call, in one transfer from the device."""
+        pairs = {tag: [sum(column) for column in zip(*steps)] for tag, steps in self.sums.items()}
         self.sums.clear()
+        sums = [torch.as_tensor(total, device=self.algo.device) for total, _ in pairs.values()]
+        sums = torch.stack(sums).tolist() if sums else []
+        return {tag: (total, n) for total, (tag, (_, n)) in zip(sums, pairs.items())}
+
+    def figures(self) -> Dict[str, float]:
+        """What the environments have reported since the last call, by tag without its axis."""
+        found = {tag: total / max(n, 1) for tag, (total, n) in self.totals().items()}
         for key, steps in self.steps.items():
             values, dones = (torch.stack(x) for x in zip(*steps))
             meter, before = self.meters[key], self.meters[key].count
             meter.add_rollout((values,), dones)
             if meter.count > before:
-                write(f"episode_cumulative/{key}", meter.finished.mean(), frame)
-                write(f"episode_cumulative_min/{key}_min", meter.finished.min(), frame)
-                write(f"episode_cumulative_max/{key}_max", meter.finished.max(), frame)
+                found[f"episode_cumulative/{key}"] = float(meter.finished.mean())
+                found[f"episode_cumulative_min/{key}_min"] = float(meter.finished.min())
+                found[f"episode_cumulative_max/{key}_max"] = float(meter.finished.max())
         self.steps.clear()
+        return found
+
+    def after_print_stats(self, frame, epoch_num, total_time) -> None:
+        axes = dict(frame=frame, iter=epoch_num, time=total_time)
+        for tag, value in self.figures().items():
+            if tag.startswith("Episode/"):
+                self.writer.add_scalar(tag, value, epoch_num)
+            elif tag.startswith("episode_cumulative"):
+                self.writer.add_scalar(tag, value, frame)
+            else:
+                for axis, step in axes.items():
+                    self.writer.add_scalar(f"{tag}/{axis}", value, step)
 
     def state_dict(self) -> Dict[str, Any]:
         return {key: [m.running, m.finished, m.count] for key, m in self.meters.items()}
@@ -1212,22 +1240,24 @@ class WandbAlgoObserver(AlgoObserver):
         args, run_dir = self.args, config["run_dir"]
         about = dict(project=args.wandb_project_name, entity=args.wandb_entity or None)
         about.update(name=experiment_name, id=config["wandb_run_id"], resume="allow", config=config)
-        for mode in (None, "offline"):  # None: as WANDB_MODE says, else online
-            try:
-                self.wandb = importlib.import_module("wandb")
-                settings = self.wandb.setup().settings
-                if mode is None and settings.mode == "online":  # init would wait for minutes
-                    with contextlib.suppress(urllib.error.HTTPError):  # any answer will do
-                        urllib.request.urlopen(settings.base_url, timeout=self.patience).close()
-                self.run = self.wandb.init(**about, dir=os.path.abspath(run_dir), mode=mode)
-                return
-            except ImportError as exc:
-                return warn(f"--track: {exc} (pip install wandb): training goes on without it")
-            except Exception as exc:
-                then = "training goes on without it" if mode else "recording offline, upload "
-                then += "" if mode else f"later: wandb sync {run_dir}/wandb/offline-run-*"
-                warn(f"W&B failed to start: {first_line(exc)}; {then}")
-                self.in_time(self.wandb.teardown, 2)  # a failed start would spoil the next one
+        about["dir"] = os.path.abspath(run_dir)
+        try:
+            self.wandb = importlib.import_module("wandb")
+        except ImportError as exc:
+            return warn(f"--track: {exc} (pip install wandb): training goes on without it")
+        try:
+            settings = self.wandb.setup().settings
+            if settings.mode == "online":  # init would wait for minutes
+                with contextlib.suppress(urllib.error.HTTPError):  # any answer will do
+                    urllib.request.urlopen(settings.base_url, timeout=self.patience).close()
+            self.run = self.wandb.init(**about)
+        except Exception as exc:
+            then = f"recording offline, upload later: wandb sync {run_dir}/wandb/offline-run-*"
+            warn(f"W&B failed to start: {first_line(exc)}; {then}")
+            self.in_time(self.wandb.teardown, 2)  # a failed start would spoil the next one
+            self.run = self.wandb.init(**about, mode="offline")
+        with contextlib.suppress(Exception):
+            self.run.log_code(os.path.join(run_dir, "code"), include_fn=lambda path: True)
 
     def after_print_stats(self, frame, epoch_num, total_time) -> None:
         if self.run is None:
@@ -1244,8 +1274,8 @@ class WandbAlgoObserver(AlgoObserver):
 
     def close(self) -> None:
         try:
-            if self.run is not None and self.in_time(self.finish, self.patience):
-                self.run = None
+            if self.run is not None:
+                self.in_time(self.finish, self.patience)
         finally:  # also if Ctrl-C cuts the waiting short
             if self.run is not None:
                 self.give_up("did not take everything in time")
@@ -1254,12 +1284,14 @@ class WandbAlgoObserver(AlgoObserver):
         algo, summary = self.algo, {"stop_reason": stop_reason(self.algo)}
         if algo.best_epoch:
             summary.update(best_reward=algo.last_mean_rewards, best_epoch=algo.best_epoch)
+            summary["best_metric"] = algo.args.best_metric or "mean reward"
         self.run.summary.update(summary)
         # W&B <= 0.24 writes its file in blocks of 32 KiB. Repeating the config, 1 KiB or more,
         # pushes the last rows out before the server is waited for.
         for _ in range(32):
             self.run.config.persist()
         self.run.finish()
+        self.run = None
 
     def give_up(self, why: str) -> None:
         folder = os.path.relpath(os.path.dirname(self.run.dir))
@@ -1267,18 +1299,16 @@ class WandbAlgoObserver(AlgoObserver):
         warn(f"W&B {why}; upload the rest later with: wandb sync --include-online {folder}")
         self.in_time(self.wandb.teardown, 2)  # or W&B's exit hook would wait without end
 
-    def in_time(self, call: Callable[[], Any], seconds: float) -> bool:
-        """Whether W&B did as told in time. If not it may go on, in a thread that ends with us."""
-        done: List[Any] = []
+    def in_time(self, call: Callable[[], Any], seconds: float) -> None:
+        """Wait for W&B, but not for long: then it may go on, in a thread that ends with us."""
 
         def work():
             with contextlib.suppress(Exception):
-                done.append(call())
+                call()
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         thread.join(seconds)
-        return bool(done)
 
 
 class MultiObserver(AlgoObserver):
@@ -1299,7 +1329,7 @@ class MultiObserver(AlgoObserver):
             if observer in self.observers and hasattr(observer, hook):
                 return getattr(observer, hook)(*args)
         except Exception as exc:
-            if self.strict:
+            if self.strict or isinstance(exc, TrainingError):
                 raise
             self.observers.remove(observer)
             what = f"{type(observer).__name__}.{hook} raised {exc!r}"
@@ -1333,7 +1363,7 @@ class MultiObserver(AlgoObserver):
 
 # CHECKPOINTS ======================================================================================
 # runs/<experiment>/nn/epoch_<N>.pth   every save_frequency epochs
-#                      best.pth        at each new highest mean reward of a full window of episodes
+#                      best.pth        at each new highest score, once a window of episodes is full
 #                      last.pth        when the run ends, by itself, by a signal or by an error
 #
 # Each holds rl_games' keys (model, optimizer, epoch, frame, last_mean_rewards, env_state) and what
@@ -1341,11 +1371,8 @@ class MultiObserver(AlgoObserver):
 # dicts, so that it loads with weights_only=True, which runs no code.
 
 FORMAT_VERSION = 2
-COUNTERS = dict(epoch="epoch_num", frame="frame", total_time="total_time")  # key: agent's name
-COUNTERS.update(last_mean_rewards="last_mean_rewards", best_epoch="best_epoch")
-KINDS = dict(epoch=int, frame=int, total_time=float, last_mean_rewards=float, best_epoch=int)
-KINDS.update(num_obs=int, num_acts=int, args=dict, model=dict, optimizer=dict, wandb_run_id=str)
-KINDS.update(observers=list, episodes=list)
+COUNTERS = dict(frame=int, total_time=float, last_mean_rewards=float, best_epoch=int)
+KINDS = dict(COUNTERS, epoch=int, args=dict, wandb_run_id=str, observers=list)
 CONVERT = "if it is rl_games', convert it: python tools/from_rl_games.py {} ours.pth"
 
 
@@ -1355,47 +1382,62 @@ def agent_state(agent: PPOAgent) -> Dict[str, Any]:
     for group in optimizer["param_groups"]:
         group.update(lr=float(agent.lr), fused=None)  # as rl_games has them
     cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
-    rng = dict(torch=torch.get_rng_state(), cuda=cuda, python=random.getstate())
-    name, keys, *rest = np.random.get_state()
-    rng["numpy"] = [name, keys.tolist(), *rest]
-    state = {key: getattr(agent, name) for key, name in COUNTERS.items()}
-    state.update(model=dict(agent.model.state_dict()), optimizer=optimizer, args=asdict(agent.args))
+    state = {name: getattr(agent, name) for name in COUNTERS}
+    state.update(format_version=FORMAT_VERSION, version=__version__, epoch=agent.epoch_num)
+    state.update(args=asdict(agent.args), policy_metadata=agent.policy_metadata)
+    state.update(model=agent.model.state_dict(), optimizer=optimizer)
     state.update(num_obs=int(env.num_obs), num_acts=int(env.num_acts))
     if agent.num_states:
         state["num_states"] = agent.num_states
-    state["format_version"] = FORMAT_VERSION
     state["clip_obs"] = float(getattr(env, "clip_obs", math.inf))
     state["env_state"] = env.get_env_state() if hasattr(env, "get_env_state") else None
+    state["rng"] = dict(torch=torch.get_rng_state(), cuda=cuda)
     state["episodes"] = [episodes.running, episodes.finished, episodes.count]
-    state.update(obs=agent.obs, dones=agent.dones, rng=rng, first_epoch=agent.first_epoch)
-    state["wandb_run_id"] = agent.config["wandb_run_id"]
-    state["observers"] = agent.algo_observer.state_dict()
+    state.update(obs=agent.obs, dones=agent.dones, observers=agent.algo_observer.state_dict())
+    state.update(first_epoch=agent.first_epoch, wandb_run_id=agent.config["wandb_run_id"])
     return plain(state)
 
 
-def restore_model(agent: PPOAgent, state: Dict[str, Any], path: str) -> None:
-    """Take over the weights and statistics. UserError if they are of another network or env."""
+def load_weights(model: ActorCritic, state: Dict[str, Any], path: str) -> None:
+    """Take over weights and statistics. UserError unless all tensors of the checkpoint, Adam's too,
+    are such as a run of this model would save; moments of another shape would crash Python."""
     with reading(path):
-        check_fits(state, agent.model, path)
-        agent.model.load_state_dict(state["model"])
+        expected, found = dict(model.state_dict()), dict(state["model"])
+        saved = state["optimizer"]["state"]
+        for i, parameter in enumerate(model.parameters()):
+            moments = dict(step=torch.zeros(()), exp_avg=parameter, exp_avg_sq=parameter)
+            for name, value in moments.items() if i in saved else ():
+                expected[f"Adam's {name} of parameter {i}"] = value
+                # The number of steps was an int in older versions of torch.
+                theirs = torch.tensor(float(saved[i][name])) if name == "step" else saved[i][name]
+                found[f"Adam's {name} of parameter {i}"] = theirs
+        for name in (*expected, *found):
+            sides = [side[name] if name in side else None for side in (found, expected)]
+            kinds = ["missing" if x is None else f"{x.dtype} {tuple(x.shape)}" for x in sides]
+            if kinds[0] != kinds[1]:
+                what = f"{name} is {kinds[0]}, but {kinds[1]} in a run with these arguments"
+                raise UserError(f"{path} does not fit the env or the network: {what}")
+        model.load_state_dict(state["model"])
 
 
 def restore_agent(agent: PPOAgent, state: Dict[str, Any], path: str) -> bool:
     """Go on from `state`. True if exactly, False if the environment had to start new episodes."""
-    restore_model(agent, state, path)
+    load_weights(agent.model, state, path)
     with reading(path):
         # How a step is computed is for this run to say; what was gathered so far is in `state`.
-        optimizer, old_lr = agent.optimizer.state_dict(), state["args"].get("learning_rate")
-        optimizer["state"] = state["optimizer"]["state"]
-        agent.optimizer.load_state_dict(optimizer)
+        ours, theirs = agent.optimizer.state_dict(), state["optimizer"]
+        agent.optimizer.load_state_dict({**ours, "state": theirs["state"]})
         agent.optimizer.param_groups[0]["lr"] = agent.lr
-        if old_lr in (None, agent.args.learning_rate):  # else a flag wins
-            agent.lr.fill_(state["optimizer"]["param_groups"][0]["lr"])
-        for key, name in COUNTERS.items():
-            setattr(agent, name, state[key])
+        if state["args"].get("learning_rate") in (None, agent.args.learning_rate):  # no new flag
+            agent.lr.fill_(theirs["param_groups"][0]["lr"])
+        for name in COUNTERS:
+            setattr(agent, name, state[name])
+        agent.epoch_num = agent.whole_epoch = state["epoch"]
+        if state["args"].get("best_metric", "") != agent.args.best_metric:  # not to be compared
+            agent.last_mean_rewards = -math.inf
         running, finished, count = state["episodes"]
-        agent.episodes.count = int(count)
         agent.episodes.finished = finished.to(agent.device).view(-1, 3)
+        agent.episodes.count = int(count)
         # Without exact_state the env's state is something like a curriculum: it fits any num_envs.
         env, whole = agent.env, getattr(agent.env, "exact_state", False)
         exact = whole and state["obs"].shape == agent.obs.shape and WORLD_SIZE == 1
@@ -1406,45 +1448,19 @@ def restore_agent(agent: PPOAgent, state: Dict[str, Any], path: str) -> bool:
             agent.obs = torch.empty_like(agent.obs).copy_(state["obs"])
             agent.dones.copy_(state["dones"])
             agent.episodes.running.copy_(running)
-            rng = state["rng"]
-            version, keys, gauss = rng["python"]
-            random.setstate((version, tuple(keys), gauss))
-            np.random.set_state(tuple(rng["numpy"]))
-            torch.set_rng_state(rng["torch"])
-            if rng["cuda"] is not None and agent.device.type == "cuda":
-                torch.cuda.set_rng_state(rng["cuda"], agent.device)
+            torch.set_rng_state(state["rng"]["torch"])
+            if state["rng"]["cuda"] is not None and agent.device.type == "cuda":
+                torch.cuda.set_rng_state(state["rng"]["cuda"], agent.device)
         agent.first_epoch = int(state["first_epoch"]) if exact else agent.epoch_num
-        agent.whole_epoch = agent.epoch_num
     return exact
-
-
-def check_fits(state: Dict[str, Any], model: ActorCritic, path: str) -> None:
-    """UserError unless the checkpoint's tensors are those that a run of this model would save."""
-    expected, found = dict(model.state_dict()), dict(state["model"])
-    for i, parameter in enumerate(model.parameters()):
-        moments = dict(step=torch.zeros(()), exp_avg=parameter, exp_avg_sq=parameter)
-        for name, value in moments.items() if i in state["optimizer"]["state"] else ():
-            expected[f"Adam's {name} of parameter {i}"] = value
-            theirs = state["optimizer"]["state"][i][name]
-            is_count = name == "step"  # which was an int in older versions of torch
-            theirs = torch.as_tensor(theirs, dtype=torch.float32) if is_count else theirs
-            found[f"Adam's {name} of parameter {i}"] = theirs
-    sides = (found, expected)
-    for name in (*expected, *found):
-        kind = [
-            f"{x[name].dtype} {tuple(x[name].shape)}" if name in x else "missing" for x in sides
-        ]
-        if kind[0] != kind[1]:
-            what = f"{name} is {kind[0]}, but {kind[1]} in a run with these arguments"
-            raise UserError(f"{path} does not fit the env or the network: {what}")
 
 
 @contextlib.contextmanager
 def reading(path: str):
-    """Whatever goes wrong while a checkpoint is read or restored is one line about that file."""
+    """Whatever goes wrong with a checkpoint, or with what goes into one, is one line about it."""
     try:
         yield
-    except (UserError, TrainingError):
+    except UserError:
         raise
     except Exception as exc:
         reason = f"{type(exc).__name__}: {first_line(exc)}"
@@ -1477,11 +1493,10 @@ def save_checkpoints(agent: PPOAgent, figures: Dict[str, float]) -> None:
     # episodes has ended. Before that the short episodes are over-represented.
     steps = (epoch - agent.first_epoch) * args.num_steps
     fair = steps >= getattr(agent.env, "max_episode_length", 0)
-    fair = fair and figures["finished"] == args.games_to_track
-    is_best = fair and agent.mean_rewards > agent.last_mean_rewards
-    if is_best and epoch >= args.save_best_after:
+    fair = fair and figures["finished"] == args.games_to_track and epoch >= args.save_best_after
+    if fair and agent.score > agent.last_mean_rewards:
         before = (agent.last_mean_rewards, agent.best_epoch)
-        agent.last_mean_rewards, agent.best_epoch = agent.mean_rewards, epoch
+        agent.last_mean_rewards, agent.best_epoch = agent.score, epoch
         save(agent, "best.pth")
         if agent.save_failed:  # it is not on disk, so it is still to be beaten
             agent.last_mean_rewards, agent.best_epoch = before
@@ -1562,16 +1577,16 @@ def find_checkpoint(path: str) -> Tuple[str, Dict[str, Any]]:
     """(file, content) of a file, or of a run folder's readable file with the highest epoch."""
     if not os.path.isdir(path):
         return path, load_checkpoint(path)
-    found, folder = [], os.path.join(path, "nn")
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    numbers = {name: re.fullmatch(r"epoch_(\d+)\.pth", name) for name in names}
-    numbered = sorted((-int(match.group(1)), name) for name, match in numbers.items() if match)
-    for name in ("last.pth", "best.pth", *(name for _, name in numbered)):
+    files = glob.glob(os.path.join(glob.escape(path), "nn", "*.pth"))
+    names = {os.path.basename(file): file for file in files}
+    numbers = [int(n) for n in re.findall(r"\bepoch_(\d+)\.pth", " ".join(names))]
+    numbered = [f"epoch_{n}.pth" for n in sorted(numbers, reverse=True)]
+    found = []
+    for name in ("last.pth", "best.pth", *numbered):
         try:
             if name in names:
-                file = os.path.join(folder, name)
-                found.append((file, load_checkpoint(file)))
-                if numbers[name]:
+                found.append((names[name], load_checkpoint(names[name])))
+                if name in numbered:
                     break  # the others are older
         except UserError as exc:
             warn(f"{exc}: skipped")
@@ -1591,33 +1606,29 @@ class TrainingError(Exception):
     """Training cannot go on, or its result is not on disk: one line, and exit code 1."""
 
 
-LIVE_LINE = False  # whether the terminal's last line is an epoch's, to be drawn over
-
-
-def log(message: str, stream=None, live: bool = False) -> None:
-    """Print, in the process of rank 0. A terminal that is gone, full or of another encoding must
-    not end training, so what cannot be printed is dropped."""
-    global LIVE_LINE
-    if RANK == 0:
-        # RuntimeError: a signal handler printed while something else was being printed.
-        with contextlib.suppress(OSError, ValueError, RuntimeError):
-            if LIVE_LINE:
-                print("\r\x1b[K", end="", flush=True)
-            print(message, end="" if live else "\n", file=stream, flush=True)
-        LIVE_LINE = live
+def log(*fields: str, stream=None, live: bool = False) -> None:
+    """Print, in the process of rank 0. On a terminal a live line is drawn over by the next one, and
+    loses its last fields where it is too long. A terminal that is gone, full or of another encoding
+    must not end training, so what cannot be printed is dropped."""
+    if RANK != 0:
+        return
+    # RuntimeError: a signal handler printed while something else was being printed.
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        terminal = sys.stdout is not None and sys.stdout.isatty()
+        if terminal:
+            print("\r\x1b[K", end="", flush=True)
+        while live and terminal and len(" ".join(fields)) >= shutil.get_terminal_size().columns:
+            fields = fields[:-1]
+        print(*fields, end="" if live and terminal else "\n", file=stream, flush=True)
 
 
 def warn(message: str) -> None:
-    log(f"warning: {message}", sys.stderr)
+    log(f"warning: {message}", stream=sys.stderr)
 
 
-def show_epoch(parts: List[str]) -> None:
-    """An epoch's line: on a terminal drawn in place, without the last parts if it is too narrow."""
-    live = sys.stdout is not None and sys.stdout.isatty()
-    columns = shutil.get_terminal_size().columns if live else 10**6
-    while len(" ".join(parts)) >= columns and len(parts) > 1:
-        parts = parts[:-1]
-    log(" ".join(parts), live=live)
+@functools.lru_cache(maxsize=None)
+def warn_once(message: str) -> None:
+    warn(message)
 
 
 def first_line(exc: BaseException) -> str:
@@ -1633,10 +1644,11 @@ def check_args(args: Args) -> None:
         # Unlike value < least, the comparison also catches nan.
         if field.type in (int, float) and not any_sign and not value >= least:
             raise UserError(f"--{field.name.replace('_', '-')} must be >= {least}, not {value}")
-    if any(width < 1 for width in args.units):
-        raise UserError(f"--units must be positive, not {args.units}")
-    batch, size = args.num_envs * args.num_steps, args.minibatch_size
-    if (batch % min(size, batch) or min(size, batch) < 2) and not args.play:
+    if any(width < 1 for width in (*args.units, *args.critic_units)):
+        raise UserError("--units and --critic-units must be positive")
+    batch = args.num_envs * args.num_steps
+    size = min(args.minibatch_size, batch)
+    if not args.play and (batch % size or size < 2):
         what = f"num_envs x num_steps = {batch} samples cannot be split into minibatches of {size}"
         raise UserError(f"{what}: choose a --minibatch-size that divides {batch}")
     if args.play and (not args.checkpoint or WORLD_SIZE > 1):
@@ -1700,38 +1712,47 @@ def make_run_dir(args: Args, origin: str) -> str:
             os.makedirs(run_dir, exist_ok=args.resume)  # resumed before the first checkpoint
             break
     os.makedirs(os.path.join(run_dir, "nn"), exist_ok=args.resume)
-    device, here = pick_device(args.device), os.path.dirname(os.path.abspath(__file__))
-    command, commit = ["git", "-C", here, "describe", "--always", "--dirty"], b""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        commit = subprocess.check_output(command, stderr=subprocess.DEVNULL, timeout=10)
-    about = dict(args=asdict(args), origin=origin, git_commit=commit.decode().strip())
-    about["command"] = shlex.join([sys.executable, *sys.argv])
-    about["versions"] = dict(python=platform.python_version(), torch=torch.__version__)
-    is_gpu = device.type == "cuda"
-    about["device"] = torch.cuda.get_device_name(device) if is_gpu else platform.machine()
+    about = dict(args=asdict(args), origin=origin, command=shlex.join([sys.executable, *sys.argv]))
+    versions = dict(train_ppo=__version__, python=sys.version.split()[0], torch=torch.__version__)
+    about["versions"] = versions
     with open(os.path.join(run_dir, "config.json"), "w") as file:
         json.dump(about, file, indent=2)
+    snapshot_code(os.path.join(run_dir, "code"), args)
     return run_dir
 
 
-class Runner:
-    """Does what args say: train, continue or play. checkpoint: (path, content) of args.checkpoint
-    or args.init_from, if it has been read before."""
+def snapshot_code(folder: str, args: Args) -> None:
+    """Keep the code of the run: this file, the script that was started, the env's module, and what
+    git says has changed since the last commit."""
+    os.makedirs(folder, exist_ok=True)
+    for name in (__name__, "__main__", args.env_id.partition(":")[0]):
+        path = getattr(sys.modules.get(name), "__file__", None) or ""
+        if path.endswith(".py") and os.path.isfile(path):
+            shutil.copy(path, folder)
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        options = dict(stderr=subprocess.DEVNULL, timeout=10)
+        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], **options)
+        diff = subprocess.check_output([*git, "diff", "HEAD"], **options)
+        with open(os.path.join(folder, "git.diff"), "wb") as file:
+            file.write(b"since commit " + commit + diff[: 10**7])  # bytes
 
-    def __init__(self, args: Args, algo_observer: Optional[AlgoObserver] = None, checkpoint=None):
+
+class Runner:
+    """Does what args say: train, continue or play. path, state: the file that args.checkpoint or
+    args.init_from means, and its content."""
+
+    def __init__(self, args: Args, observer: "MultiObserver", path: str = "", state=None):
         self.args = args
-        observer = algo_observer or RLGPUAlgoObserver()
-        if not isinstance(observer, MultiObserver):  # which keeps a failing one from ending the run
-            observer = MultiObserver([observer])
-        observer.strict = args.strict_observers
-        self.algo_observer = observer if RANK == 0 else MultiObserver([])
-        source = args.checkpoint or args.init_from
-        if checkpoint is None and source:
-            checkpoint = find_checkpoint(source)
-        self.path, self.state = checkpoint or ("", None)
+        self.path = path
+        self.state = state
+        self.observer = observer
+        if RANK != 0:  # there the environments' reports are gathered, and nothing else
+            ours = [x for x in observer.observers if isinstance(x, RLGPUAlgoObserver)]
+            self.observer = MultiObserver(ours)
 
     def run(self) -> Dict[str, Any]:
-        """Results: of the episodes played, or run_dir, epoch, best and stop_signal of training."""
+        """Returns the figures of play, or of training."""
         args, state = self.args, self.state
         check_args(args)
         if args.checkpoint and not args.play and state["epoch"] >= args.max_epochs:
@@ -1752,7 +1773,7 @@ class Runner:
         env = make_env(replace(args, seed=args.seed + RANK))
         seed_everything(args)  # making an env may draw any number of random numbers
         try:
-            agent = PPOAgent(args, env, self.algo_observer)
+            agent = PPOAgent(args, env, self.observer)
             return play(agent, state, self.path) if args.play else self.train(agent)
         finally:
             try:
@@ -1765,20 +1786,19 @@ class Runner:
                 dist.destroy_process_group()
 
     def train(self, agent: PPOAgent) -> Dict[str, Any]:
-        args, state, observer = self.args, self.state, self.algo_observer
-        what, continues = f"training {args.env_id} on {agent.device}", False
+        """All that stands around PPOAgent.train."""
+        args, state, path, observer = self.args, self.state, self.path, self.observer
+        continues = os.path.isdir(args.checkpoint)
         if args.checkpoint:
-            exact = restore_agent(agent, state, self.path)
-            continues = os.path.isdir(args.checkpoint)
-            what = f"{'continuing' if continues else 'branching off'} {self.path} at epoch "
-            what += f"{agent.epoch_num}, frame {agent.frame:,}, {best_so_far(agent)}"
-            what += "; exactly where it stopped" if exact else "; the env starts new episodes"
+            exact = restore_agent(agent, state, path)
+            how = "exactly where it stopped" if exact else "the env starts new episodes"
+            what = f"{'continuing' if continues else 'branching off'} {path}"
+            log(f"{what} at epoch {agent.epoch_num}, frame {agent.frame:,}; {how}")
         elif state is not None:
-            restore_model(agent, state, self.path)
-            what += f" from the weights of {self.path}"
+            load_weights(agent.model, state, path)
         opened, lock = [""], None
         if RANK == 0:
-            opened[0], lock = open_run_dir(args, self.path)
+            opened[0], lock = open_run_dir(args, path)
         if WORLD_SIZE > 1:
             together(dist.broadcast_object_list, opened, 0)
         run_id = state["wandb_run_id"] if continues else ""
@@ -1787,17 +1807,13 @@ class Runner:
         observer.after_init(agent)
         if args.checkpoint:
             observer.load_state_dict(state["observers"])
-        try:
+        # A state that cannot be kept is found out before the first epoch, not at the first save.
+        states = "what get_env_state() or an observer's state_dict() returns"
+        with contextlib.nullcontext() if args.strict_observers else reading(states):
             agent_state(agent)
-        except Exception as exc:  # found out before the first epoch rather than at the first save
-            if args.strict_observers:
-                raise
-            what = "the env's get_env_state() or an observer's state_dict() cannot be kept"
-            raise UserError(f"{what}: {first_line(exc)}") from exc
-        what += f"\n{WORLD_SIZE} x " if WORLD_SIZE > 1 else "\n"
-        what += f"{args.num_envs} envs x {args.num_steps} steps, {args.update_epochs} passes in "
-        size = min(args.minibatch_size, args.num_envs * args.num_steps)
-        log(f"{what}minibatches of {size}; writing to {opened[0]}")
+        envs = f"{WORLD_SIZE} x {args.num_envs}" if WORLD_SIZE > 1 else args.num_envs
+        what = f"{args.env_id} on {agent.device}, {envs} envs x {args.num_steps} steps"
+        log(f"training {what}; writing to {opened[0]}")
         try:
             with stop_signals(agent):
                 agent.train()
@@ -1817,27 +1833,31 @@ class Runner:
 
 @torch.no_grad()
 def play(agent: PPOAgent, state: Dict[str, Any], path: str) -> Dict[str, float]:
-    """Evaluate the mean actions in one whole episode of each environment. The first episodes that
-    end, from whichever environment, would be the short ones; and the episode in which one is when
-    play begins may have begun before."""
-    env, obs = agent.env, agent.obs
+    """Evaluate the mean actions in one whole episode of each environment: the second, because the
+    first may have begun before. Those that end first, of whichever env, would be the short ones."""
+    args, env, obs = agent.args, agent.env, agent.obs
+    agent.games_to_track = 10**6  # all episodes
+    agent.writer = None
+    observer = RLGPUAlgoObserver()
+    observer.after_init(agent)
     with reading(path):
         num_states = state.get("num_states", 0)
         if num_states != agent.num_states:  # the policy does without states, so the env may too
-            model = ActorCritic(env.num_obs, env.num_acts, agent.args, num_states)
+            model = ActorCritic(env.num_obs, env.num_acts, args, num_states)
             agent.model = model.to(agent.device)
-    restore_model(agent, state, path)
+    load_weights(agent.model, state, path)
     returns = torch.zeros(env.num_envs, device=agent.device)
     lengths = torch.zeros_like(returns)
     ended = torch.zeros_like(returns)  # episodes that each environment has ended
     limit = 4 * getattr(env, "max_episode_length", 25_000)
     for _ in range(limit):
         actions = agent.model.mean_action(obs)
-        actions = actions.clamp(-1.0, 1.0) if agent.args.clip_actions else actions
-        obs, rewards, dones, _, _ = check_step(env.step(actions), env, agent.device)
+        actions = actions.clamp(-1.0, 1.0) if args.clip_actions else actions
+        obs, rewards, agent.dones, _, infos = check_step(env.step(actions), env, agent.device)
+        observer.process_infos(infos, None)
         returns += rewards * (ended == 1)
         lengths += ended == 1
-        ended += dones
+        ended += agent.dones
         if (ended >= 2).all():
             break
     returns, lengths = returns[ended >= 2], lengths[ended >= 2]
@@ -1851,6 +1871,16 @@ def play(agent: PPOAgent, state: Dict[str, Any], path: str) -> Dict[str, float]:
     log(what.format(**result))
     if len(returns) < env.num_envs:
         warn(f"{env.num_envs - len(returns)} envs ended no whole episode in {limit} steps")
+    result["metrics"] = observer.figures()
+    for tag, value in result["metrics"].items():
+        log(f"{tag} {value:.5g}")
+    result.update(checkpoint=path, epoch=state["epoch"], env_id=args.env_id, seed=args.seed)
+    if args.json:
+        try:
+            with open(args.json, "w") as file:
+                json.dump(result, file, indent=2)
+        except OSError as exc:
+            raise UserError(f"--json {args.json} cannot be written: {exc.strerror}") from exc
     return result
 
 
@@ -1884,26 +1914,22 @@ def stop_reason(agent: PPOAgent) -> str:
     return "done" if agent.epoch_num >= agent.args.max_epochs else "error"
 
 
-def best_so_far(agent: PPOAgent) -> str:
-    found = math.isfinite(agent.last_mean_rewards)
-    return f"best {agent.last_mean_rewards:.2f}" if found else "no best yet"
-
-
 def report(agent: PPOAgent) -> None:
     """The end of a run on the console: results, and the commands that go on from here."""
-    run_dir = agent.config["run_dir"]
     script = sys.argv[0] if sys.argv[0].endswith(".py") else __file__  # one with own observers?
     script = shlex.quote(os.path.relpath(script))
     launcher = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node={WORLD_SIZE}"
     name = "best.pth" if os.path.exists(os.path.join(agent.nn_dir, "best.pth")) else "last.pth"
     more = "" if agent.stop_signal else f" --max-epochs {2 * agent.args.max_epochs}"
     env = f" --env-id {agent.args.env_id}" if ":" in agent.args.env_id else ""
-    folder = shlex.quote(run_dir)
-    reward = f"mean reward {agent.mean_rewards:.2f}, {best_so_far(agent)}"
-    reward = reward if agent.episodes.count else "no episode finished"
+    folder = shlex.quote(agent.config["run_dir"])
+    reward = f"mean reward {agent.mean_rewards:.2f}" if agent.episodes.count else "no episode ended"
+    if math.isfinite(agent.last_mean_rewards):
+        reward += f", best {agent.args.best_metric} {agent.last_mean_rewards:.2f}".replace(
+            "  ", " "
+        )
     log(
         f"\nstopped after epoch {agent.epoch_num} ({stop_reason(agent)}), {reward}\n"
-        f"files     {run_dir}\n"
         f"play      python {script} --play --checkpoint {folder}/nn/{name}{env}\n"
         f"continue  {launcher} {script} --checkpoint {folder}{more}{env}\n"
         f"curves    tensorboard --logdir {folder}/summaries"
@@ -1911,13 +1937,13 @@ def report(agent: PPOAgent) -> None:
 
 
 # Arguments that a checkpoint does not pass on: they say what this start of the program is for.
-NOT_INHERITED = set("checkpoint init_from resume play device experiment train_dir".split())
+NOT_INHERITED = set("checkpoint init_from resume play json device experiment train_dir".split())
 NOT_INHERITED.add("torch_threads")
-NETWORK_ARGS = {"units", "activation", "separate", "normalize_input", "normalize_value"}
+NETWORK_ARGS = "units critic_units activation separate normalize_input normalize_value".split()
 
 
 def parse_args(argv: Optional[Sequence[str]] = None):
-    """Args from flags (sys.argv by default), and (path, content) of the checkpoint that they name.
+    """Args from flags (sys.argv by default), and path and content of the checkpoint that they name.
     The flags are parsed twice: first to learn which checkpoint or task is meant, then over the
     values found there."""
     parse = functools.partial(tyro.cli, Args, args=argv, description=__doc__.splitlines()[0])
@@ -1926,52 +1952,52 @@ def parse_args(argv: Optional[Sequence[str]] = None):
     if first.resume and glob.glob(os.path.join(glob.escape(folder), "nn", "*.pth")):
         first = replace(first, checkpoint=folder)
     source = first.checkpoint or first.init_from
-    checkpoint = find_checkpoint(source) if source else None
-    found = inherited_args(first, *checkpoint) if checkpoint else {}
+    path, state = find_checkpoint(source) if source else ("", None)
+    found = inherited_args(first, path, state) if source else {}
     if "env_id" not in found:
         found = {**task_settings(first), **found}
-    if first.resume:
-        found["checkpoint"] = first.checkpoint
-    return parse(default=replace(Args(), **found)), checkpoint
+    args = parse(default=replace(Args(), **found))
+    return replace(args, checkpoint=first.checkpoint), path, state
 
 
 def inherited_args(first: Args, path: str, state: Dict[str, Any]) -> Dict[str, Any]:
     """The checkpoint's arguments. It chooses no code: module:factory must come from a flag."""
     names = vars(first).keys() - NOT_INHERITED if first.checkpoint else NETWORK_ARGS
-    found = {name: value for name, value in state["args"].items() if name in names}
-    for field in fields(Args):
-        value = found.get(field.name, field.default)
-        value = tuple(value) if isinstance(value, list) else value
-        choices = typing.get_args(field.type) if isinstance(field.default, str) else ()
-        good = type(value) is type(field.default) and (not choices or value in choices)
-        if not good or (field.name == "units" and any(type(width) is not int for width in value)):
-            raise UserError(f"{path} is damaged: its {field.name} is {value!r}")
-        if field.name in found:
-            found[field.name] = value
+    found = checked({k: v for k, v in state["args"].items() if k in names}, path)
     env_id = found.get("env_id", "")
     if ":" in env_id and first.env_id == Args.env_id:
         raise UserError(f"{path} was trained on your own env: repeat its flag, --env-id {env_id}")
     return found
 
 
-def give_up_broken_streams() -> None:
-    """Otherwise Python complains about a pipe that is gone, and changes the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except (OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def checked(values: Dict[str, Any], origin: str) -> Dict[str, Any]:
+    """Values of arguments, lists as tuples. UserError if a name or a type is not that of Args."""
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    types = {field.name: field for field in fields(Args)}
+    for name, value in values.items():
+        if name not in types:
+            raise UserError(f"{origin} has an unknown argument: {name}")
+        default = types[name].default
+        choices = typing.get_args(types[name].type) if isinstance(default, str) else ()
+        good = type(value) is type(default) and (not choices or value in choices)
+        if not good or (
+            isinstance(value, tuple) and any(type(width) is not int for width in value)
+        ):
+            raise UserError(f"{origin} has {name} = {value!r}, which cannot be")
+    return values
 
 
 def main(argv: Optional[Sequence[str]] = None, observers: Sequence[AlgoObserver] = ()) -> None:
     """The command. `observers` are yours, called after RLGPUAlgoObserver and before W&B's."""
+    if "--version" in (sys.argv if argv is None else argv):
+        return print(f"train_ppo.py {__version__}")
     try:
-        args, checkpoint = parse_args(argv)
+        args, path, state = parse_args(argv)
         everyone = [RLGPUAlgoObserver(), *observers]
         if args.track:
             everyone.append(WandbAlgoObserver(args))  # last: it sends what the others wrote
-        result = Runner(args, MultiObserver(everyone), checkpoint).run()
+        observer = MultiObserver(everyone, args.strict_observers)
+        result = Runner(args, observer, path, state).run()
     except (UserError, TrainingError) as exc:
         if RANK == 0 or isinstance(exc, TrainingError):
             with contextlib.suppress(OSError, ValueError):
@@ -1982,7 +2008,13 @@ def main(argv: Optional[Sequence[str]] = None, observers: Sequence[AlgoObserver]
     except BrokenPipeError:  # --help | head
         sys.exit(1)
     finally:
-        give_up_broken_streams()
+        # At its exit Python would complain about a pipe that is gone, and change the exit code.
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                if stream is not None:
+                    stream.flush()
+            except (OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     code = 128 + result["stop_signal"] if result.get("stop_signal") else 0
     if WORLD_SIZE > 1 and dist.is_initialized() and dist.get_backend() == "gloo":
         os._exit(code)  # all is written; with torch 2.4 gloo's threads may abort Python's own exit

@@ -164,7 +164,7 @@ def mlp(size, units):
 def ours(env, args, folder):
     train_ppo.make_env = lambda _: env
     args = dataclasses.replace(args, train_dir=folder)
-    train_ppo.Runner(args, train_ppo.RLGPUAlgoObserver()).run()
+    train_ppo.Runner(args, train_ppo.MultiObserver([train_ppo.RLGPUAlgoObserver()])).run()
 
 
 def ours_compiled(env, args, folder):

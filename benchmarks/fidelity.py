@@ -136,7 +136,7 @@ def train_ours(row, recorder, folder):
     env, made = make_env(row, recorder.seed), train_ppo.make_env
     train_ppo.make_env = lambda _: env
     try:
-        train_ppo.Runner(args, recorder).run()
+        train_ppo.Runner(args, train_ppo.MultiObserver([recorder])).run()
     finally:
         train_ppo.make_env = made
 

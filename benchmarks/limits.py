@@ -62,7 +62,9 @@ class Stopwatch(train_ppo.AlgoObserver):
         train_ppo.update = self.timing(update, self.updates)
         try:
             with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-                train_ppo.Runner(train_ppo.replace(args, train_dir=folder), self).run()
+                train_ppo.Runner(
+                    train_ppo.replace(args, train_dir=folder), train_ppo.MultiObserver([self])
+                ).run()
         finally:
             train_ppo.rollout, train_ppo.update = rollout, update
 

@@ -66,8 +66,7 @@ def load_policy(path: str, state: Dict[str, Any], flags: Dict[str, Any]) -> Expo
             train_ppo.log(f"{name} {getattr(args, name)}: {path} was rl_games' and does not say it")
     num_states = state.get("num_states", 0)  # of the critic, which is not exported
     model = ActorCritic(state["num_obs"], state["num_acts"], args, num_states)
-    train_ppo.check_fits(state, model, path)
-    model.load_state_dict(state["model"])
+    train_ppo.load_weights(model, state, path)
     clip_obs = state["clip_obs"] if math.isfinite(state["clip_obs"]) else None
     return ExportedPolicy(model, clip_obs, args.clip_actions).eval()
 

@@ -148,7 +148,7 @@ def convert(state: Dict[str, Any], path: str) -> Dict[str, Any]:
         "rng": {},
         "observers": [],
     }
-    train_ppo.check_fits(converted, our_network(sizes), path)
+    train_ppo.load_weights(our_network(sizes), converted, path)
     return converted
 
 
