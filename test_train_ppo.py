@@ -156,7 +156,7 @@ def scalars(run_dir):
     for path in sorted(Path(run_dir, "summaries").glob("events*"), key=lambda p: p.stat().st_mtime):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                if value.tag == "video":
+                if value.tag in ("video", "arguments/text_summary"):
                     continue
                 assert value.tensor.float_val, value
                 found.setdefault(value.tag, []).append((event.step, value.tensor.float_val[0]))
@@ -681,7 +681,8 @@ def test_continuing_reads_each_checkpoint_once(here, monkeypatch):
     load = torch.load
 
     def counting(file, *args, **kwargs):
-        loads[os.path.relpath(file.name, "runs/r/nn")] += 1
+        if hasattr(file, "name"):  # not what is only tried in memory
+            loads[os.path.relpath(file.name, "runs/r/nn")] += 1
         return load(file, *args, **kwargs)
 
     monkeypatch.setattr(torch, "load", counting)
@@ -785,7 +786,7 @@ def test_play_takes_one_episode_of_every_env(here):
     args, path, state = train_ppo.parse_args(["--play", "--checkpoint", "runs/r", *flags])
     result = train_ppo.Runner(args, train_ppo.MultiObserver([]), path, state).run()
     expected = {"mean": 5, "std": 4, "min": 1, "max": 9, "length": 5, "count": 10}
-    assert result == expected
+    assert {name: result[name] for name in expected} == expected
 
 
 def test_play_takes_mean_actions(here, capsys):
@@ -1644,6 +1645,193 @@ def test_mixed_precision_does_nothing_on_a_cpu(here, capsys):
     assert differences(plain["model"], mixed["model"]) == []
 
 
+# ----------------------------------------------- success metrics, metadata, the run's code, version
+
+
+REPORTED = []  # what ReportingEnv has put into infos["episode"]["success"]
+
+
+class ReportingEnv(Env):
+    """Episodes of 16 steps. Reward and success depend on the epoch alone, in different ways."""
+
+    max_episode_length = 16
+    rewards = {3: 9.0}
+    successes = {5: 0.75}
+    epoch = 0
+
+    def set_train_info(self, frame, algo):
+        self.epoch = algo.epoch_num
+
+    def step(self, actions):
+        obs, reward, done, infos = super().step(actions)
+        reward[:] = self.rewards.get(self.epoch, float(self.epoch > 0))
+        infos = {**infos, "speed": 2.0, "episode_cumulative": {"cost": torch.ones(len(reward)) / 4}}
+        if done.any():
+            success = torch.full((int(done.sum()),), self.successes.get(self.epoch, 0.25))
+            success[0] += 0.0 if self.epoch else torch.rand(()).item()
+            REPORTED.extend(success.tolist())
+            infos["episode"] = {"success": success}
+        return obs, reward, done, infos
+
+    def policy_metadata(self):
+        return {"action_scale": [0.5, 0.25], "joint_names": ["hip", "knee"], "control_hz": 50}
+
+
+def reporting_env(num_envs, device, seed):
+    return ReportingEnv(num_envs, device, seed, lengths=torch.full((num_envs,), 16))
+
+
+REPORTING = ["--env-id", f"{__name__}:reporting_env", "--num-envs", "16", "--num-steps", "16"]
+REPORTING += ["--max-epochs", "6", "--games-to-track", "16", "--save-best-after", "1"]
+REPORTING += ["--minibatch-size", "128", "--device", "cpu"]
+
+
+def test_best_goes_by_the_metric_that_is_named(here, capsys):
+    """Reward is highest in epoch 3, success in epoch 5. With another metric it starts anew."""
+    main([*REPORTING, "--experiment", "reward"])
+    main([*REPORTING, "--experiment", "success", "--best-metric", "Episode/success"])
+    out, err = capsys.readouterr()
+    assert "best Episode/success 0.75" in out and err == ""
+    by_reward = load_checkpoint("runs/reward/nn/best.pth")
+    by_success = load_checkpoint("runs/success/nn/best.pth")
+    assert (by_reward["epoch"], by_reward["last_mean_rewards"]) == (3, 9.0 * 15 + 1.0)
+    assert (by_success["epoch"], by_success["last_mean_rewards"]) == (5, 0.75)
+    assert by_success["args"]["best_metric"] == "Episode/success"
+    main(["--checkpoint", "runs/success", "--max-epochs", "7", *REPORTING[:2]])
+    assert load_checkpoint("runs/success/nn/last.pth")["last_mean_rewards"] == 0.75
+    flags = [*REPORTING[:2], "--best-metric", "speed/iter"]
+    main(["--checkpoint", "runs/success", "--max-epochs", "8", *flags])
+    assert load_checkpoint("runs/success/nn/best.pth")["last_mean_rewards"] == 2.0
+
+
+def test_a_best_metric_that_is_not_logged_is_named_once(here):
+    flags = ["--experiment", "r", "--best-metric", "Episode/succes"]
+    _, err = forked(*REPORTING, *flags, cwd=here, reload=True)
+    assert err.count("warning: --best-metric Episode/succes is not logged: ") == 1
+    assert "Episode/success" in err
+    assert not Path("runs/r/nn/best.pth").exists()
+
+
+def test_play_reports_what_the_env_reports(here, capsys):
+    """The means are those of all that came in while playing; the JSON says the same."""
+    main([*REPORTING, "--experiment", "r"])
+    before = sorted(Path("runs").rglob("*"))
+    capsys.readouterr()
+    REPORTED.clear()
+    main(["--play", "--checkpoint", "runs/r", *REPORTING[:2], "--json", "result.json"])
+    out, err = capsys.readouterr()
+    mean = sum(REPORTED) / len(REPORTED)
+    assert f"Episode/success {mean:.5g}\n" in out and "\nspeed 2\n" in out and err == ""
+    result = json.loads(Path("result.json").read_text())
+    expected = {"Episode/success": mean, "speed": 2.0, "episode_cumulative/cost": 4.0}
+    expected.update({f"episode_cumulative_{x}/cost_{x}": 4.0 for x in ("min", "max")})
+    assert result["metrics"] == pytest.approx(expected)
+    assert result["checkpoint"] == "runs/r/nn/last.pth" and result["epoch"] == 6
+    assert f"mean {result['mean']:.2f} " in out and result["count"] == 16
+    assert sorted(Path("runs").rglob("*")) == before, "nothing else is written"
+    flags = ["--checkpoint", "runs/r", *REPORTING[:2], "--json", "no/x"]
+    _, err = forked("--play", *flags, cwd=here, code=2, reload=True)
+    assert err == "error: --json no/x cannot be written: No such file or directory\n"
+
+
+def test_policy_metadata_arrives_in_checkpoint_json_and_onnx(here):
+    onnx = pytest.importorskip("onnx")
+    main([*REPORTING, "--experiment", "r"])
+    metadata = reporting_env(1, "cpu", 0).policy_metadata()
+    assert load_checkpoint("runs/r/nn/last.pth")["policy_metadata"] == metadata
+    shell("runs/r", "policy", cwd=here, script=(EXPORT_TOOL,))
+    assert json.loads(Path("policy/policy.json").read_text())["metadata"] == metadata
+    props = {entry.key: entry.value for entry in onnx.load("policy/policy.onnx").metadata_props}
+    assert {key: json.loads(value) for key, value in props.items()} == metadata
+
+
+@pytest.mark.parametrize("bad", [torch.ones(2), np.float32(1), math.nan, {1, 2}])
+def test_policy_metadata_that_json_cannot_hold_is_one_line(bad, here, monkeypatch, capsys):
+    monkeypatch.setattr(ReportingEnv, "policy_metadata", lambda self: {"scale": bad})
+    with pytest.raises(SystemExit) as exit:
+        main([*REPORTING, "--experiment", "r"])
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and err.count("\n") == 1
+    assert err.startswith("error: the env's policy_metadata(): ")
+    assert not Path("runs").exists()
+
+
+def test_settings_come_with_the_module(here, capsys):
+    """A flag wins over SETTINGS, and so does the checkpoint; what is wrong in them is one line."""
+    text = f"from {__name__} import reporting_env as make\nSETTINGS = "
+    Path("my_env.py").write_text(text + "dict(num_envs=16, num_steps=8, units=[4], max_epochs=3)")
+    sys.path.insert(0, str(HERE))
+    flags = ["--env-id", "my_env:make", "--minibatch-size", "64", "--device", "cpu"]
+    main([*flags, "--num-steps", "16", "--experiment", "r"])
+    args = load_checkpoint("runs/r/nn/last.pth")["args"]
+    assert (args["num_envs"], args["num_steps"], args["units"]) == (16, 16, [4])
+    Path("my_env.py").write_text(text + "dict(num_steps=4)")
+    forked(*flags[:2], "--checkpoint", "runs/r", "--max-epochs", "4", cwd=here, reload=True)
+    assert load_checkpoint("runs/r/nn/last.pth")["args"]["num_steps"] == 16
+    for wrong, what in (
+        ("dict(num_stepz=4)", "has an unknown argument: num_stepz"),
+        ("dict(num_steps='4')", "has num_steps = '4', which cannot be"),
+    ):
+        Path("my_env.py").write_text(text + wrong)
+        _, err = forked(*flags, cwd=here, code=2, reload=True)
+        assert err == f"error: SETTINGS of --env-id my_env:make {what}\n"
+
+
+def test_the_code_of_a_run_is_kept(tmp_path):
+    """This script, the one that was started, the env's module, and git's diff, if there is git."""
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    shutil.copy(SCRIPT, str(repository))
+    git = ["git", "-C", str(repository), "-c", "user.name=x", "-c", "user.email=x@x"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    with open(str(repository / "train_ppo.py"), "a") as file:
+        file.write("\n# my change\n")
+    text = (
+        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nfrom test_train_ppo import reporting_env"
+    )
+    (repository / "my_env.py").write_text(text)
+    env = ["--env-id", "my_env:reporting_env", *REPORTING[2:], "--experiment", "r"]
+    shell(*env, "--track", cwd=repository, script=("train_ppo.py",))
+    code = repository / "runs" / "r" / "code"
+    assert sorted(os.listdir(str(code))) == ["git.diff", "my_env.py", "train_ppo.py"]
+    assert "# my change" in (code / "train_ppo.py").read_text()
+    diff = (code / "git.diff").read_text()
+    head = subprocess.run([*git, "rev-parse", "HEAD"], stdout=subprocess.PIPE, check=True).stdout
+    assert diff.startswith(f"since commit {head.decode()}") and "+# my change" in diff
+    (records,) = wandb_records(repository / "runs" / "r")
+    assert any(record.request.log_artifact.artifact.type == "code" for record in records) or any(
+        record.artifact.type == "code" for record in records
+    )
+    config = json.loads((repository / "runs" / "r" / "config.json").read_text())
+    assert config["versions"]["train_ppo"] == train_ppo.__version__
+
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(SCRIPT, str(alone))
+    flags = [*SMALL, "--max-epochs", "1", "--experiment", "r"]
+    shell(*flags, cwd=alone, script=("train_ppo.py",), env={"GIT_CEILING_DIRECTORIES": "/"})
+    assert os.listdir(str(alone / "runs" / "r" / "code")) == ["train_ppo.py"]
+
+
+def test_arguments_are_text_in_tensorboard(small_run):
+    (path,) = (small_run / "runs" / "r" / "summaries").glob("events*")
+    events = list(EventFileLoader(str(path)).Load())
+    (text,) = [v for e in events for v in e.summary.value if v.tag == "arguments/text_summary"]
+    assert "|num_envs|" in text.tensor.string_val[0].decode()
+
+
+def test_version_is_printed_and_kept(small_run):
+    out, err = forked("--version", cwd=small_run)
+    assert out == f"train_ppo.py {train_ppo.__version__}\n" and err == ""
+    assert (
+        load_checkpoint(str(small_run / "runs/r/nn/last.pth"))["version"] == train_ppo.__version__
+    )
+    text = (HERE / "docs" / "changelog.md").read_text()
+    assert re.search(r"^## ([\d.]+) ", text, re.M).group(1) == train_ppo.__version__
+    assert f"version: {train_ppo.__version__}\n" in (HERE / "CITATION.cff").read_text()
+
+
 # -------------------------------------------------------------------------------- privileged critic
 
 PRIVILEGED = ["--env-id", "examples.privileged_critic:make_env", "--num-envs", "64"]
@@ -2393,7 +2581,7 @@ BAD = [
     (["--env-id", "no_such_module:f"], "no_such_module"),
     (["--env-id", ":f"], "--env-id :f"),
     (["--env-id", "../x:f"], "--env-id ../x:f"),
-    (["--env-id", f"{__name__}:nothing"], "has no nothing"),
+    (["--env-id", f"{__name__}:nothing"], "has no function nothing"),
     (["--env-id", f"{__name__}:no_acts_env"], "num_acts must be a positive int, not None"),
     (["--env-id", f"{__name__}:wrong_count_env"], "num_envs 33, but 32 were asked for"),
     (
@@ -2410,7 +2598,7 @@ BAD = [
     (["--max-epochs", "0"], "--max-epochs must be >= 1"),
     (["--learning-rate", "-1"], "--learning-rate must be >= 0"),
     (["--gamma", "nan"], "--gamma must be >= 0, not nan"),
-    (["--units", "0"], "--units must be positive"),
+    (["--units", "0"], "--units and --critic-units must be positive"),
     (["--device", "gpu"], "--device gpu"),
     (["--device", "meta"], "--device meta"),
     (["--device", "cuda:77"], "--device cuda:77"),
@@ -3125,6 +3313,7 @@ def test_exported_policy_acts_as_in_play(here, capsys):
         "checkpoint": str(here / "last.pth"),
         "epoch": 4,
         "mean_reward": None,
+        "metadata": {"clip_obs": 5.0},
         "input": {
             "name": "obs",
             "dtype": "float32",
@@ -3852,6 +4041,14 @@ def spying_env(num_envs, device, seed):
             elif trouble:
                 os.kill(os.getpid(), getattr(signal, trouble))
 
+    step = env.step
+
+    def reporting_step(actions):
+        obs, reward, done, infos = step(actions)
+        infos[f"only_{train_ppo.RANK}"] = 1.0
+        return obs, reward, done, {**infos, "rank": float(train_ppo.RANK)}
+
+    env.step = reporting_step
     env.set_train_info = set_train_info
     return env
 
@@ -3909,6 +4106,9 @@ def test_processes_train_one_policy_stop_together_and_continue(here):
     assert all(a[5] != b[5] for a, b in zip(first[1:], second[1:]))
     assert os.listdir("runs") == ["r"]
     assert load_checkpoint("runs/r/nn/last.pth")["epoch"] == 4
+    curves = scalars("runs/r")
+    assert [value for _, value in curves["rank/iter"]] == [0.5] * 4, "the mean of all processes"
+    assert [value for _, value in curves["only_1/iter"]] == [1.0] * 4
 
     for n, epochs in ((2, 6), (1, 7), (3, 8)):
         before = load_checkpoint("runs/r/nn/last.pth")
@@ -4620,7 +4820,9 @@ def test_mjlab_env_trains(tmp_path):
     assert {f"Episode/Episode_Termination/{x}" for x in ("time_out", "even")} < set(curves)
     reward = curves["rewards/iter"]
     assert reward[-1] > 1.2 * reward[7] > 0, "episodes of the same length earn more"
-    counter = load_checkpoint(str(run_dir / "nn/last.pth"))["env_state"]
+    state = load_checkpoint(str(run_dir / "nn/last.pth"))
+    assert state["num_states"] == 5, "mjlab's critic group"
+    counter = state["env_state"]
     assert counter == {"common_step_counter": 1000 + 1 + 20 * 16}
 
     play = "--play --checkpoint runs/r/nn/last.pth --num-envs 32 --device cpu"
@@ -4709,7 +4911,7 @@ def test_documents_name_only_arguments_that_exist():
         name = field.name.replace("_", "-")
         known |= {f"--{name}", f"--no-{name}"} if field.type is bool else {f"--{name}"}
     for path in (HERE / "README.md", *HERE.glob("docs/*.md")):
-        text = path.read_text()
+        text = path.read_text().split("- Gone: ")[0]  # changelog.md
         named = re.findall(r"`(--[a-z][a-z-]*)", text)
         for line in re.findall(r"(?:train_ppo|own_observer|record_video)\.py +(--.*)", text):
             named += re.findall(r"(?<!\S)--[a-z][a-z-]*", line.split("#")[0])

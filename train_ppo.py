@@ -543,6 +543,7 @@ class PPOAgent:
         self.stop_signal = 0  # the number of the signal that asked to stop after this epoch
 
         self.num_states = int(getattr(env, "num_states", 0))
+        self.max_episode_length = int(getattr(env, "max_episode_length", None) or 0)  # 0: unknown
         self.model = ActorCritic(env.num_obs, env.num_acts, args, self.num_states).to(self.device)
         if WORLD_SIZE > 1:
             for tensor in self.model.state_dict().values():
@@ -614,8 +615,14 @@ class PPOAgent:
         for theirs, ours in RL_GAMES_NAMES.items():
             self.config[theirs] = self.config[ours]
         self.nn_dir = os.path.join(run_dir, "nn")
-        self.writer = Writer(os.path.join(run_dir, "summaries")) if RANK == 0 else None
+        self.writer = None
         if RANK == 0:
+            try:
+                self.writer = Writer(os.path.join(run_dir, "summaries"))
+            except (OSError, ValueError) as exc:  # ValueError: a name that is not UTF-8
+                raise UserError(
+                    f"{run_dir}/summaries cannot be written: {first_line(exc)}"
+                ) from exc
             rows = "".join(f"\n|{name}|{value}|" for name, value in asdict(self.args).items())
             self.writer.add_text("arguments", "|argument|value|\n|-|-|" + rows)
 
@@ -748,7 +755,7 @@ def make_env(args: Args):
 
 
 def import_env_module(env_id: str):
-    if not re.fullmatch(r"[\w.]+\w:\w+", env_id):
+    if not re.fullmatch(r"[\w.]*\w:\w+", env_id):
         raise UserError(f"--env-id {env_id} is not module:factory")
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
@@ -761,13 +768,16 @@ def make_factory_env(args: Args, device: torch.device):
     """The env of --env-id module:factory. UserError if it breaks the contract above."""
     module = import_env_module(args.env_id)
     factory = args.env_id.partition(":")[2]
-    if not hasattr(module, factory):
-        raise UserError(f"--env-id {args.env_id}: {module.__name__} has no {factory}")
+    if not callable(getattr(module, factory, None)):
+        raise UserError(f"--env-id {args.env_id}: {module.__name__} has no function {factory}")
     env = getattr(module, factory)(num_envs=args.num_envs, device=str(device), seed=args.seed)
     for name in ("num_envs", "num_obs", "num_acts"):
         value = getattr(env, name, "missing")
         if not isinstance(value, (int, np.integer)) or value < 1:
             raise UserError(f"the env's {name} must be a positive int, not {value!r}")
+    limit = getattr(env, "max_episode_length", None) or 1
+    if not isinstance(limit, (int, float, np.number)) or not limit >= 1:
+        raise UserError(f"the env's max_episode_length must be a number, not {limit!r:.40}")
     if env.num_envs != args.num_envs:
         raise UserError(f"the env has num_envs {env.num_envs}, but {args.num_envs} were asked for")
     if not args.play:  # look at one step before anything is written
@@ -1015,7 +1025,8 @@ def collect_figures(agent: PPOAgent, losses: Tensor, batch: Batch) -> Dict[str, 
     window = agent.episodes.finished
     unexplained = (batch.returns - batch.values).var() / batch.returns.var().clamp(min=1e-8)
     tensors = dict(zip((*LOSSES, "kl"), losses), explained_variance=1.0 - unexplained, lr=agent.lr)
-    tensors["weights"] = torch.stack([p.detach().sum() for p in agent.model.parameters()]).sum()
+    weights = agent.model.state_dict().values()  # and statistics
+    tensors["weights"] = torch.stack([x.float().sum() for x in weights]).sum()
     tensors.update(zip(EPISODE_SUMS, window.sum(0)))
     counts = agent.lr.new_tensor([len(window), agent.stop_signal])
     tensors.update(zip(("finished", "stop"), counts))
@@ -1057,7 +1068,8 @@ def log_epoch(agent: PPOAgent, figures, step_time: float, play_time: float, epoc
     if args.best_metric:
         agent.score = scalars.get(args.best_metric, -math.inf)
         if figures["finished"] and args.best_metric not in scalars:
-            warn_once(f"--best-metric {args.best_metric} is not logged: {', '.join(scalars)} are")
+            tags = [x for x in scalars if not x.startswith(("performance/", "losses/", "info/"))]
+            warn_once(f"--best-metric {args.best_metric} is not logged: {', '.join(tags)} are")
     agent.writer.end_epoch()
 
     done = "no episode finished yet"
@@ -1068,7 +1080,7 @@ def log_epoch(agent: PPOAgent, figures, step_time: float, play_time: float, epoc
     fps = "fps " + "/".join(f"{rate / 1000:.0f}k" for rate in rates)
     lr = f"lr {figures['lr']:.1e}"
     log(f"epoch {epoch}/{args.max_epochs}", done, left, lr, fps, f"frames {frame:,}", live=True)
-    limit = getattr(agent.env, "max_episode_length", math.inf)
+    limit = agent.max_episode_length or math.inf
     if not agent.time_outs_seen and (agent.episodes.finished[:, 2] >= limit - 1).any():
         what = f"episodes end at max_episode_length ({limit}) but there is no infos['time_outs']"
         warn_once(f"{what}: the clock is taken for failure")
@@ -1162,12 +1174,14 @@ class RLGPUAlgoObserver(AlgoObserver):
     def add(self, infos: Dict[str, Any], prefix: str) -> None:
         for key, value in infos.items():
             if isinstance(value, dict):
-                self.add(value, "Episode/" if prefix + key == "episode" else f"{prefix}{key}/")
+                self.add(value, "Episode/" if f"{prefix}{key}" == "episode" else f"{prefix}{key}/")
             elif isinstance(value, (int, float, np.number)):  # summed up here, not on the GPU
-                self.sums[prefix + key].append((float(value), 1))
+                self.sums[f"{prefix}{key}"].append((float(value), 1))
             elif isinstance(value, Tensor) and (value.dim() == 0 or prefix == "Episode/"):
                 value = value.to(self.algo.device).detach().float()
-                self.sums[prefix + key].append((value.sum(), value.numel()))
+                self.sums[f"{prefix}{key}"].append((value.sum(), value.numel()))
+            elif not isinstance(value, Tensor):
+                warn_once(f"infos: {prefix}{key} is a {type(value).__name__}, so it is not logged")
 
     def after_steps(self) -> None:
         """Bring together what the environments of all processes have reported."""
@@ -1254,7 +1268,7 @@ class WandbAlgoObserver(AlgoObserver):
         except Exception as exc:
             then = f"recording offline, upload later: wandb sync {run_dir}/wandb/offline-run-*"
             warn(f"W&B failed to start: {first_line(exc)}; {then}")
-            self.in_time(self.wandb.teardown, 2)  # a failed start would spoil the next one
+            in_time(self.wandb.teardown, 2)  # a failed start would spoil the next one
             self.run = self.wandb.init(**about, mode="offline")
         with contextlib.suppress(Exception):
             self.run.log_code(os.path.join(run_dir, "code"), include_fn=lambda path: True)
@@ -1275,7 +1289,7 @@ class WandbAlgoObserver(AlgoObserver):
     def close(self) -> None:
         try:
             if self.run is not None:
-                self.in_time(self.finish, self.patience)
+                in_time(self.finish, self.patience)
         finally:  # also if Ctrl-C cuts the waiting short
             if self.run is not None:
                 self.give_up("did not take everything in time")
@@ -1297,18 +1311,7 @@ class WandbAlgoObserver(AlgoObserver):
         folder = os.path.relpath(os.path.dirname(self.run.dir))
         self.run = None
         warn(f"W&B {why}; upload the rest later with: wandb sync --include-online {folder}")
-        self.in_time(self.wandb.teardown, 2)  # or W&B's exit hook would wait without end
-
-    def in_time(self, call: Callable[[], Any], seconds: float) -> None:
-        """Wait for W&B, but not for long: then it may go on, in a thread that ends with us."""
-
-        def work():
-            with contextlib.suppress(Exception):
-                call()
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        thread.join(seconds)
+        in_time(self.wandb.teardown, 2)  # or W&B's exit hook would wait without end
 
 
 class MultiObserver(AlgoObserver):
@@ -1327,7 +1330,8 @@ class MultiObserver(AlgoObserver):
         """What the observer returns; None if it is left out or, like rl_games', lacks the hook."""
         try:
             if observer in self.observers and hasattr(observer, hook):
-                return getattr(observer, hook)(*args)
+                answer = getattr(observer, hook)(*args)
+                return plain(answer) if hook == "state_dict" else answer
         except Exception as exc:
             if self.strict or isinstance(exc, TrainingError):
                 raise
@@ -1389,7 +1393,7 @@ def agent_state(agent: PPOAgent) -> Dict[str, Any]:
     state.update(num_obs=int(env.num_obs), num_acts=int(env.num_acts))
     if agent.num_states:
         state["num_states"] = agent.num_states
-    state["clip_obs"] = float(getattr(env, "clip_obs", math.inf))
+    state["clip_obs"] = float(getattr(env, "clip_obs", None) or math.inf)
     state["env_state"] = env.get_env_state() if hasattr(env, "get_env_state") else None
     state["rng"] = dict(torch=torch.get_rng_state(), cuda=cuda)
     state["episodes"] = [episodes.running, episodes.finished, episodes.count]
@@ -1440,8 +1444,9 @@ def restore_agent(agent: PPOAgent, state: Dict[str, Any], path: str) -> bool:
         agent.episodes.count = int(count)
         # Without exact_state the env's state is something like a curriculum: it fits any num_envs.
         env, whole = agent.env, getattr(agent.env, "exact_state", False)
-        exact = whole and state["obs"].shape == agent.obs.shape and WORLD_SIZE == 1
         can_be_set = state["env_state"] is not None and hasattr(env, "set_env_state")
+        same_size = state["obs"].shape == agent.obs.shape and WORLD_SIZE == 1
+        exact = can_be_set and whole and same_size
         if can_be_set and (exact or not whole):
             env.set_env_state(state["env_state"])
         if exact:
@@ -1492,7 +1497,7 @@ def save_checkpoints(agent: PPOAgent, figures: Dict[str, float]) -> None:
     # Since the environments started, each could have finished a whole episode, and a full window of
     # episodes has ended. Before that the short episodes are over-represented.
     steps = (epoch - agent.first_epoch) * args.num_steps
-    fair = steps >= getattr(agent.env, "max_episode_length", 0)
+    fair = steps >= agent.max_episode_length
     fair = fair and figures["finished"] == args.games_to_track and epoch >= args.save_best_after
     if fair and agent.score > agent.last_mean_rewards:
         before = (agent.last_mean_rewards, agent.best_epoch)
@@ -1552,9 +1557,14 @@ def save_checkpoint(state: Dict[str, Any], path: str) -> None:
 
 def load_checkpoint(path: str) -> Dict[str, Any]:
     """Read a checkpoint to the CPU, without running code from it. UserError if it is no good."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is not a file")
     with reading(path), open(path, "rb") as file:
         archive = zipfile.ZipFile(file)
-        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+        parts = archive.infolist()
+        unpacked = sum(part.file_size for part in parts)  # more than is there if parts overlap
+        stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
+        if not stored or unpacked > os.path.getsize(path):
             raise ValueError("it is compressed, which torch never does")
         damaged = archive.testzip()  # torch.load ignores the checksums
         if damaged:
@@ -1635,6 +1645,24 @@ def first_line(exc: BaseException) -> str:
     return (str(exc).strip().splitlines() or [type(exc).__name__])[0]
 
 
+def in_time(call: Callable[[], Any], seconds: float) -> str:
+    """What went wrong with a call that must not keep the run from ending. Where it does not return
+    it may go on, in a thread that ends with us."""
+    trouble = ["did not return in time"]
+
+    def work():
+        try:
+            call()
+            trouble[0] = ""
+        except Exception as exc:
+            trouble[0] = f"raised {exc!r}"
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return trouble[0]
+
+
 def check_args(args: Args) -> None:
     """UserError for values that make no sense."""
     positive = "num_envs num_steps minibatch_size update_epochs max_epochs games_to_track".split()
@@ -1677,10 +1705,11 @@ def seed_everything(args: Args) -> None:
 def open_run_dir(args: Args, origin: str) -> Tuple[str, Any]:
     """The folder to train in, and the lock that keeps others out while this process lives. A folder
     given as --checkpoint continues; all else gets a new one, so that nothing is overwritten."""
+    continues = os.path.isdir(args.checkpoint)
     run_dir = os.path.normpath(args.checkpoint or os.path.join(args.train_dir, args.experiment))
     try:
-        if not os.path.isdir(args.checkpoint):
-            run_dir = make_run_dir(args, origin)
+        if not continues:
+            run_dir = make_run_dir(args)
         # O_NOFOLLOW: a link that someone put there must not lead to another file.
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         lock = open(os.open(os.path.join(run_dir, ".lock"), flags, 0o644))
@@ -1688,9 +1717,12 @@ def open_run_dir(args: Args, origin: str) -> Tuple[str, Any]:
             import fcntl
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for path in glob.glob(os.path.join(glob.escape(run_dir), "nn", "*.pth.*.tmp")):
-            if os.path.isfile(path):
+        nn_dir = os.path.join(run_dir, "nn")
+        for path in glob.glob(os.path.join(glob.escape(nn_dir), "*.pth.*.tmp")):
+            if os.path.isfile(path) and not os.path.islink(nn_dir):
                 os.remove(path)  # what a killed process left half written
+        if not continues:
+            describe_run(run_dir, args, origin)
     except BlockingIOError as exc:
         raise UserError(f"{run_dir} is being trained by another process: stop it first") from exc
     except OSError as exc:
@@ -1700,9 +1732,8 @@ def open_run_dir(args: Args, origin: str) -> Tuple[str, Any]:
     return run_dir, lock
 
 
-def make_run_dir(args: Args, origin: str) -> str:
-    """A new folder with config.json, which says all that is needed to run it again. If the name is
-    taken it is <name>_2, _3 ...; of two processes one gets a name."""
+def make_run_dir(args: Args) -> str:
+    """A new folder. If the name is taken it is <name>_2, _3 ...; of two processes one gets it."""
     task = re.sub(r"[^A-Za-z0-9_-]+", "_", args.env_id)
     name = args.experiment or task + time.strftime("_%Y-%m-%d_%H-%M-%S")
     os.makedirs(args.train_dir, exist_ok=True)
@@ -1712,18 +1743,18 @@ def make_run_dir(args: Args, origin: str) -> str:
             os.makedirs(run_dir, exist_ok=args.resume)  # resumed before the first checkpoint
             break
     os.makedirs(os.path.join(run_dir, "nn"), exist_ok=args.resume)
-    about = dict(args=asdict(args), origin=origin, command=shlex.join([sys.executable, *sys.argv]))
-    versions = dict(train_ppo=__version__, python=sys.version.split()[0], torch=torch.__version__)
-    about["versions"] = versions
-    with open(os.path.join(run_dir, "config.json"), "w") as file:
-        json.dump(about, file, indent=2)
-    snapshot_code(os.path.join(run_dir, "code"), args)
     return run_dir
 
 
-def snapshot_code(folder: str, args: Args) -> None:
-    """Keep the code of the run: this file, the script that was started, the env's module, and what
-    git says has changed since the last commit."""
+def describe_run(run_dir: str, args: Args, origin: str) -> None:
+    """config.json and code/: this file, the script that was started, the env's module, and what git
+    says has changed since the last commit."""
+    about = dict(args=asdict(args), origin=origin, command=shlex.join([sys.executable, *sys.argv]))
+    python = sys.version.split()[0]
+    about["versions"] = dict(train_ppo=__version__, python=python, torch=torch.__version__)
+    with open(os.path.join(run_dir, "config.json"), "w") as file:
+        json.dump(about, file, indent=2)
+    folder = os.path.join(run_dir, "code")
     os.makedirs(folder, exist_ok=True)
     for name in (__name__, "__main__", args.env_id.partition(":")[0]):
         path = getattr(sys.modules.get(name), "__file__", None) or ""
@@ -1776,11 +1807,9 @@ class Runner:
             agent = PPOAgent(args, env, self.observer)
             return play(agent, state, self.path) if args.play else self.train(agent)
         finally:
-            try:
-                if hasattr(env, "close"):
-                    env.close()
-            except Exception as exc:
-                warn(f"the env's close() raised {exc!r}")
+            trouble = in_time(env.close, 20) if hasattr(env, "close") else ""
+            if trouble:
+                warn(f"the env's close() {trouble}")
             # gloo needs no farewell, and with torch 2.4 it sometimes hung in it.
             if WORLD_SIZE > 1 and dist.get_backend() == "nccl":
                 dist.destroy_process_group()
@@ -1810,7 +1839,10 @@ class Runner:
         # A state that cannot be kept is found out before the first epoch, not at the first save.
         states = "what get_env_state() or an observer's state_dict() returns"
         with contextlib.nullcontext() if args.strict_observers else reading(states):
-            agent_state(agent)
+            trial = io.BytesIO()
+            torch.save(agent_state(agent), trial)
+            trial.seek(0)
+            torch.load(trial, weights_only=True)
         envs = f"{WORLD_SIZE} x {args.num_envs}" if WORLD_SIZE > 1 else args.num_envs
         what = f"{args.env_id} on {agent.device}, {envs} envs x {args.num_steps} steps"
         log(f"training {what}; writing to {opened[0]}")
@@ -1818,7 +1850,7 @@ class Runner:
             with stop_signals(agent):
                 agent.train()
                 save(agent, "last.pth", final=True)
-        except Exception:
+        except BaseException:  # a simulator whose window is closed may call sys.exit
             save_after_crash(agent)
             raise
         finally:
@@ -1849,7 +1881,7 @@ def play(agent: PPOAgent, state: Dict[str, Any], path: str) -> Dict[str, float]:
     returns = torch.zeros(env.num_envs, device=agent.device)
     lengths = torch.zeros_like(returns)
     ended = torch.zeros_like(returns)  # episodes that each environment has ended
-    limit = 4 * getattr(env, "max_episode_length", 25_000)
+    limit = 4 * (agent.max_episode_length or 25_000)
     for _ in range(limit):
         actions = agent.model.mean_action(obs)
         actions = actions.clamp(-1.0, 1.0) if args.clip_actions else actions
@@ -1983,7 +2015,7 @@ def checked(values: Dict[str, Any], origin: str) -> Dict[str, Any]:
         if not good or (
             isinstance(value, tuple) and any(type(width) is not int for width in value)
         ):
-            raise UserError(f"{origin} has {name} = {value!r}, which cannot be")
+            raise UserError(f"{origin} has {name} = {str(value)[:40]!r}, which cannot be")
     return values
 
 
@@ -1992,7 +2024,10 @@ def main(argv: Optional[Sequence[str]] = None, observers: Sequence[AlgoObserver]
     if "--version" in (sys.argv if argv is None else argv):
         return print(f"train_ppo.py {__version__}")
     try:
-        args, path, state = parse_args(argv)
+        try:
+            args, path, state = parse_args(argv)
+        except BrokenPipeError:  # --help | head
+            sys.exit(1)
         everyone = [RLGPUAlgoObserver(), *observers]
         if args.track:
             everyone.append(WandbAlgoObserver(args))  # last: it sends what the others wrote
@@ -2005,8 +2040,6 @@ def main(argv: Optional[Sequence[str]] = None, observers: Sequence[AlgoObserver]
         sys.exit(2 if isinstance(exc, UserError) else 1)
     except KeyboardInterrupt:  # before or after training, or in --play
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # --help | head
-        sys.exit(1)
     finally:
         # At its exit Python would complain about a pipe that is gone, and change the exit code.
         for stream in (sys.stdout, sys.stderr):

@@ -90,8 +90,10 @@ def to_torchscript(policy: ExportedPolicy, obs: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def to_onnx(policy: ExportedPolicy, obs: Tensor) -> bytes:
-    """policy.onnx, for a batch of any size."""
+def to_onnx(policy: ExportedPolicy, obs: Tensor, metadata: Dict[str, Any]) -> bytes:
+    """policy.onnx, for a batch of any size, with the metadata as JSON in its metadata_props."""
+    import onnx
+
     buffer = io.BytesIO()
     torch.onnx.export(
         policy,
@@ -103,10 +105,12 @@ def to_onnx(policy: ExportedPolicy, obs: Tensor) -> bytes:
         opset_version=17,
         dynamo=False,
     )
-    return buffer.getvalue()
+    model = onnx.load_from_string(buffer.getvalue())
+    onnx.helper.set_model_props(model, {k: json.dumps(v) for k, v in metadata.items()})
+    return model.SerializeToString()
 
 
-def export(policy: ExportedPolicy, obs: Tensor) -> Dict[str, bytes]:
+def export(policy: ExportedPolicy, obs: Tensor, metadata: Dict[str, Any]) -> Dict[str, bytes]:
     """The files by name. Without onnx and onnxruntime there is no policy.onnx."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls both ways of exporting legacy
@@ -119,7 +123,7 @@ def export(policy: ExportedPolicy, obs: Tensor) -> Dict[str, bytes]:
                 f"policy.onnx is not written, {exc.name} is missing: pip install onnx onnxruntime"
             )
         else:
-            files["policy.onnx"] = to_onnx(policy, obs)
+            files["policy.onnx"] = to_onnx(policy, obs, metadata)
     return files
 
 
@@ -164,6 +168,7 @@ def describe(
             "clip": 1.0 if policy.clip_actions else None,
             "meaning": "normalised mean action: the task's own action scale is not applied",
         },
+        "metadata": state.get("policy_metadata", {}),
         "largest_difference": differences,
     }
 
@@ -193,7 +198,7 @@ def export_policy(checkpoint: str, folder: str, flags: Dict[str, Any]) -> None:
     obs = example_observations(state["num_obs"])
     expected = policy(obs)
 
-    files = export(policy, obs)
+    files = export(policy, obs, state.get("policy_metadata", {}))
     differences = {}
     for name, content in files.items():
         batch = (act(name, content, obs) - expected).abs().max()
