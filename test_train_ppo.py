@@ -4170,6 +4170,23 @@ def test_torchrun_learns_like_one_process(here):
     assert dict(scalars("runs/r")["rewards/iter"])[40] > 150
 
 
+def test_two_nodes_train_one_policy(here):
+    """Two torchrun agents on loopback, of one process each. The printed command names the nodes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def node(rank):
+        agent = ["-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}"]
+        agent += ["--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}", SCRIPT]
+        return shell(*SMALL, "--experiment", "r", cwd=here, script=agent)
+
+    outputs = at_once(node, [0, 1])
+    assert "2 x 32 envs" in outputs[0][0] and "train" not in outputs[1][0]
+    assert "torchrun --nproc-per-node=1 --nnodes=2 ... " in outputs[0][0]
+    assert load_checkpoint("runs/r/nn/last.pth")["frame"] == 4 * 2 * 32 * 8
+
+
 # ----------------------------------------------------------------------------- real habits
 
 
@@ -4446,6 +4463,113 @@ def cost_env(num_envs, device, seed):
 
     env.step = stepped
     return env
+
+
+def test_a_close_that_hangs_ends_with_the_usual_code(here):
+    """All is saved by then. One line says so."""
+    Path("my_env.py").write_text(
+        f"""
+import signal, sys, threading, time
+sys.path.insert(0, {str(HERE)!r})
+import train_ppo
+from train_ppo import Cartpole
+train_ppo.CLOSE_PATIENCE = 1.0
+class Mine(Cartpole):
+    def set_train_info(self, frame, algo):
+        if algo.epoch_num == 3:
+            signal.raise_signal(signal.SIGTERM)
+    def close(self):
+        time.sleep(600)
+def make(num_envs, device, seed):
+    return Mine(num_envs, device)
+"""
+    )
+    flags = [*SMALL, "--env-id", "my_env:make", "--experiment", "r", "--max-epochs", "9"]
+    _, err = forked(*flags, cwd=here, code=143, timeout=60)
+    assert err == "warning: the env's close() does not return, so the program ends without it\n"
+    assert load_checkpoint("runs/r/nn/last.pth")["epoch"] == 3
+
+
+@pytest.mark.parametrize("how", ["sys.exit()", "raise BrokenPipeError('worker')"])
+def test_a_simulator_that_exits_costs_one_epoch(how, here):
+    """A viewer whose window is closed calls sys.exit; a dead worker leaves a broken pipe."""
+    Path("my_env.py").write_text(
+        f"""
+import sys
+from train_ppo import Cartpole
+class Mine(Cartpole):
+    def set_train_info(self, frame, algo):
+        if algo.epoch_num == 3:
+            {how}
+def make(num_envs, device, seed):
+    return Mine(num_envs, device)
+"""
+    )
+    flags = [*SMALL, "--env-id", "my_env:make", "--experiment", "r", "--max-epochs", "9"]
+    code = 0 if "exit" in how else 1
+    _, err = forked(*flags, cwd=here, code=code)
+    assert ("BrokenPipeError: worker" in err) == (code == 1)
+    assert load_checkpoint("runs/r/nn/last.pth")["epoch"] == 2
+
+
+@pytest.mark.parametrize("key", ["np.int64(3)", "Level.ONE"])
+def test_state_with_odd_keys_can_be_loaded_or_is_refused(key, here):
+    """numpy's keys become Python's; others are said before the first epoch."""
+    Path("my_env.py").write_text(
+        f"""
+import enum
+import numpy as np
+from train_ppo import Cartpole
+class Level(enum.IntEnum):
+    ONE = 1
+class Mine(Cartpole):
+    exact_state = False
+    def get_env_state(self):
+        return {{{key}: 0.5}}
+    def set_env_state(self, state):
+        pass
+def make(num_envs, device, seed):
+    return Mine(num_envs, device)
+"""
+    )
+    flags = [*SMALL, "--env-id", "my_env:make", "--experiment", "r"]
+    _, err = forked(*flags, cwd=here, code=0 if "np" in key else 2)
+    if "np" in key:
+        assert load_checkpoint("runs/r/nn/last.pth")["env_state"] == {3: 0.5}
+    else:
+        assert "a checkpoint cannot hold a Level" in err and err.count("\n") == 1
+
+
+def test_infinite_statistics_reach_no_checkpoint(here):
+    """One reward of 1e30 would make the variance of the returns infinite for good."""
+    Path("my_env.py").write_text(
+        """
+from train_ppo import Cartpole
+class Mine(Cartpole):
+    def step(self, actions):
+        obs, reward, done, infos = super().step(actions)
+        if self.progress.float().mean() > 10:
+            reward = reward + 1e30
+        return obs, reward, done, infos
+def make(num_envs, device, seed):
+    return Mine(num_envs, device)
+"""
+    )
+    flags = [*SMALL, "--env-id", "my_env:make", "--experiment", "r", "--max-epochs", "9"]
+    _, err = forked(*flags, cwd=here, code=1)
+    assert err.startswith("error: NaN or Inf in ") and err.count("\n") == 1
+    state = load_checkpoint("runs/r/nn/last.pth") if Path("runs/r/nn/last.pth").exists() else {}
+    assert all(torch.isfinite(value).all() for value in state.get("model", {}).values())
+
+
+def test_other_peoples_files_behind_a_link_stay(here):
+    """A symlinked nn/ may hold what another run is about to rename."""
+    main([*SMALL, "--experiment", "r"])
+    os.rename("runs/r/nn", "elsewhere")
+    os.symlink(str(here / "elsewhere"), "runs/r/nn")
+    Path("elsewhere/last.pth.1.tmp").write_text("half")
+    main(["--checkpoint", "runs/r", "--max-epochs", "5"])
+    assert Path("elsewhere/last.pth.1.tmp").exists()
 
 
 def test_short_first_episodes_do_not_spoil_best(here):
@@ -4916,6 +5040,28 @@ def test_documents_name_only_arguments_that_exist():
         for line in re.findall(r"(?:train_ppo|own_observer|record_video)\.py +(--.*)", text):
             named += re.findall(r"(?<!\S)--[a-z][a-z-]*", line.split("#")[0])
         assert set(named) <= known, path.name
+
+
+def test_links_between_documents_lead_somewhere():
+    """Files and headings that README.md and docs/ link to are there."""
+    for path in (HERE / "README.md", *HERE.glob("docs/*.md")):
+        for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+            if link.startswith(("http://", "https://")):
+                continue
+            file, _, anchor = link.partition("#")
+            target = (path.parent / file) if file else path
+            assert target.exists(), f"{path.name}: {link}"
+            headings = re.findall(r"^#+ (.*)", target.read_text(), re.M) if anchor else []
+            known = [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
+            assert not anchor or anchor in known, f"{path.name}: {link}"
+
+
+def test_every_tag_is_explained(default_run):
+    """In docs/metrics.md."""
+    explained = set(re.findall(r"`([\w/]+)`", (HERE / "docs" / "metrics.md").read_text()))
+    tags = set(scalars(default_run[3]))
+    assert len(tags) > 20
+    assert {tag for tag in tags if not {tag, tag.rpartition("/")[0]} & explained} == set()
 
 
 # ----------------------------------------------------------------------------------------- the file

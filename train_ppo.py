@@ -79,6 +79,7 @@ __version__ = "1.0.0"
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))  # on this machine
 
 
 # ARGUMENTS ========================================================================================
@@ -1268,7 +1269,7 @@ class WandbAlgoObserver(AlgoObserver):
         except Exception as exc:
             then = f"recording offline, upload later: wandb sync {run_dir}/wandb/offline-run-*"
             warn(f"W&B failed to start: {first_line(exc)}; {then}")
-            in_time(self.wandb.teardown, 2)  # a failed start would spoil the next one
+            self.in_time(self.wandb.teardown, 2)  # a failed start would spoil the next one
             self.run = self.wandb.init(**about, mode="offline")
         with contextlib.suppress(Exception):
             self.run.log_code(os.path.join(run_dir, "code"), include_fn=lambda path: True)
@@ -1289,7 +1290,7 @@ class WandbAlgoObserver(AlgoObserver):
     def close(self) -> None:
         try:
             if self.run is not None:
-                in_time(self.finish, self.patience)
+                self.in_time(self.finish, self.patience)
         finally:  # also if Ctrl-C cuts the waiting short
             if self.run is not None:
                 self.give_up("did not take everything in time")
@@ -1311,7 +1312,18 @@ class WandbAlgoObserver(AlgoObserver):
         folder = os.path.relpath(os.path.dirname(self.run.dir))
         self.run = None
         warn(f"W&B {why}; upload the rest later with: wandb sync --include-online {folder}")
-        in_time(self.wandb.teardown, 2)  # or W&B's exit hook would wait without end
+        self.in_time(self.wandb.teardown, 2)  # or W&B's exit hook would wait without end
+
+    def in_time(self, call: Callable[[], Any], seconds: float) -> None:
+        """Wait for W&B, but not for long: then it may go on, in a thread that ends with us."""
+
+        def work():
+            with contextlib.suppress(Exception):
+                call()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(seconds)
 
 
 class MultiObserver(AlgoObserver):
@@ -1477,7 +1489,7 @@ def reading(path: str):
 def plain(value: Any) -> Any:
     """A copy of `value` made of what a checkpoint may hold; numpy becomes torch and Python."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return value.detach().clone().as_subclass(Tensor)
     if isinstance(value, np.ndarray):
         return torch.tensor(value)
     if isinstance(value, np.generic):
@@ -1485,7 +1497,7 @@ def plain(value: Any) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {plain(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
@@ -1528,17 +1540,6 @@ def save(agent: PPOAgent, name: str, final: bool = False) -> None:
         agent.save_failed = True
 
 
-def save_after_crash(agent: PPOAgent) -> None:
-    """last.pth of the last complete epoch, if the weights in memory are those. The environment may
-    be dead: it starts anew when the run continues."""
-    if agent.whole_epoch:
-        agent.epoch_num = agent.whole_epoch
-        agent.env = SimpleNamespace(num_obs=agent.env.num_obs, num_acts=agent.env.num_acts)
-        agent.obs = agent.obs[:0]
-        with contextlib.suppress(Exception):  # the first exception is the one to see
-            save(agent, "last.pth")
-
-
 def save_checkpoint(state: Dict[str, Any], path: str) -> None:
     """Write `state` so that `path` always holds a whole file, even if the machine dies."""
     serialised = io.BytesIO()  # torch.save to a file reports a full disk without a reason
@@ -1561,11 +1562,9 @@ def load_checkpoint(path: str) -> Dict[str, Any]:
         raise UserError(f"{path} is not a file")
     with reading(path), open(path, "rb") as file:
         archive = zipfile.ZipFile(file)
-        parts = archive.infolist()
-        unpacked = sum(part.file_size for part in parts)  # more than is there if parts overlap
-        stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
-        if not stored or unpacked > os.path.getsize(path):
-            raise ValueError("it is compressed, which torch never does")
+        # A bomb: torch neither compresses parts nor lets them overlap.
+        if sum(part.file_size for part in archive.infolist()) > os.path.getsize(path):
+            raise ValueError("it unfolds to more than its size")
         damaged = archive.testzip()  # torch.load ignores the checksums
         if damaged:
             raise ValueError(f"{damaged} does not match its checksum")
@@ -1645,22 +1644,26 @@ def first_line(exc: BaseException) -> str:
     return (str(exc).strip().splitlines() or [type(exc).__name__])[0]
 
 
-def in_time(call: Callable[[], Any], seconds: float) -> str:
-    """What went wrong with a call that must not keep the run from ending. Where it does not return
-    it may go on, in a thread that ends with us."""
-    trouble = ["did not return in time"]
+def close_env(env, code: int) -> None:
+    """Close the env. All is saved by then, so one that raises is a warning, and one that does not
+    return ends the program with `code`. It is this thread that closes, because OpenGL wants so."""
 
-    def work():
-        try:
-            call()
-            trouble[0] = ""
-        except Exception as exc:
-            trouble[0] = f"raised {exc!r}"
+    def give_up():
+        warn("the env's close() does not return, so the program ends without it")
+        os._exit(code)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return trouble[0]
+    timer = threading.Timer(CLOSE_PATIENCE, give_up)
+    timer.start()
+    try:
+        env.close()
+    except Exception as exc:
+        warn(f"the env's close() raised {exc!r}")
+    finally:
+        timer.cancel()
+
+
+def exit_code(stop_signal: int) -> int:
+    return 128 + stop_signal if stop_signal else 0
 
 
 def check_args(args: Args) -> None:
@@ -1769,6 +1772,9 @@ def describe_run(run_dir: str, args: Args, origin: str) -> None:
             file.write(b"since commit " + commit + diff[: 10**7])  # bytes
 
 
+CLOSE_PATIENCE = 20.0  # seconds that an env has to close
+
+
 class Runner:
     """Does what args say: train, continue or play. path, state: the file that args.checkpoint or
     args.init_from means, and its content."""
@@ -1807,9 +1813,8 @@ class Runner:
             agent = PPOAgent(args, env, self.observer)
             return play(agent, state, self.path) if args.play else self.train(agent)
         finally:
-            trouble = in_time(env.close, 20) if hasattr(env, "close") else ""
-            if trouble:
-                warn(f"the env's close() {trouble}")
+            if hasattr(env, "close"):
+                close_env(env, code=1 if sys.exc_info()[0] else exit_code(agent.stop_signal))
             # gloo needs no farewell, and with torch 2.4 it sometimes hung in it.
             if WORLD_SIZE > 1 and dist.get_backend() == "nccl":
                 dist.destroy_process_group()
@@ -1839,10 +1844,7 @@ class Runner:
         # A state that cannot be kept is found out before the first epoch, not at the first save.
         states = "what get_env_state() or an observer's state_dict() returns"
         with contextlib.nullcontext() if args.strict_observers else reading(states):
-            trial = io.BytesIO()
-            torch.save(agent_state(agent), trial)
-            trial.seek(0)
-            torch.load(trial, weights_only=True)
+            agent_state(agent)
         envs = f"{WORLD_SIZE} x {args.num_envs}" if WORLD_SIZE > 1 else args.num_envs
         what = f"{args.env_id} on {agent.device}, {envs} envs x {args.num_steps} steps"
         log(f"training {what}; writing to {opened[0]}")
@@ -1851,7 +1853,11 @@ class Runner:
                 agent.train()
                 save(agent, "last.pth", final=True)
         except BaseException:  # a simulator whose window is closed may call sys.exit
-            save_after_crash(agent)
+            if agent.whole_epoch:  # the weights in memory are those of a complete epoch
+                agent.epoch_num = agent.whole_epoch
+                agent.env = SimpleNamespace(num_obs=agent.env.num_obs, num_acts=agent.env.num_acts)
+                with contextlib.suppress(Exception):  # the first exception is the one to see
+                    save(agent, "last.pth")
             raise
         finally:
             observer.close()
@@ -1948,20 +1954,23 @@ def stop_reason(agent: PPOAgent) -> str:
 
 def report(agent: PPOAgent) -> None:
     """The end of a run on the console: results, and the commands that go on from here."""
+    args, run_dir = agent.args, agent.config["run_dir"]
     script = sys.argv[0] if sys.argv[0].endswith(".py") else __file__  # one with own observers?
     script = shlex.quote(os.path.relpath(script))
-    launcher = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node={WORLD_SIZE}"
+    launcher = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node={LOCAL_WORLD_SIZE}"
+    if WORLD_SIZE > LOCAL_WORLD_SIZE:
+        launcher += f" --nnodes={WORLD_SIZE // LOCAL_WORLD_SIZE} ..."
     name = "best.pth" if os.path.exists(os.path.join(agent.nn_dir, "best.pth")) else "last.pth"
-    more = "" if agent.stop_signal else f" --max-epochs {2 * agent.args.max_epochs}"
-    env = f" --env-id {agent.args.env_id}" if ":" in agent.args.env_id else ""
-    folder = shlex.quote(agent.config["run_dir"])
+    more = "" if agent.stop_signal else f" --max-epochs {2 * args.max_epochs}"
+    env = f" --env-id {args.env_id}" if ":" in args.env_id else ""
+    folder = shlex.quote(run_dir)
     reward = f"mean reward {agent.mean_rewards:.2f}" if agent.episodes.count else "no episode ended"
     if math.isfinite(agent.last_mean_rewards):
-        reward += f", best {agent.args.best_metric} {agent.last_mean_rewards:.2f}".replace(
-            "  ", " "
-        )
+        best = f"best {args.best_metric}" if args.best_metric else "best"
+        reward += f", {best} {agent.last_mean_rewards:.2f} in epoch {agent.best_epoch}"
     log(
         f"\nstopped after epoch {agent.epoch_num} ({stop_reason(agent)}), {reward}\n"
+        f"files     {run_dir}\n"
         f"play      python {script} --play --checkpoint {folder}/nn/{name}{env}\n"
         f"continue  {launcher} {script} --checkpoint {folder}{more}{env}\n"
         f"curves    tensorboard --logdir {folder}/summaries"
@@ -2048,7 +2057,7 @@ def main(argv: Optional[Sequence[str]] = None, observers: Sequence[AlgoObserver]
                     stream.flush()
             except (OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    code = 128 + result["stop_signal"] if result.get("stop_signal") else 0
+    code = exit_code(result.get("stop_signal", 0))
     if WORLD_SIZE > 1 and dist.is_initialized() and dist.get_backend() == "gloo":
         os._exit(code)  # all is written; with torch 2.4 gloo's threads may abort Python's own exit
     if code:

@@ -43,7 +43,7 @@ def ant() -> None:
     os.environ.setdefault("MUJOCO_GL", "egl")
     env = ["--env-id", "examples.mujoco_ant:make_env"]
     titles = ("epochs 1 to 13", "after 300 epochs, some minutes on two CPU cores")
-    before_and_after("ant.gif", env, titles, size=(400, 300), steps=range(0, 198, 3))
+    before_and_after("ant.gif", env, titles, size=(340, 255), steps=range(0, 198, 3))
 
 
 def before_and_after(name: str, env, titles, size, steps) -> None:
@@ -66,7 +66,7 @@ def before_and_after(name: str, env, titles, size, steps) -> None:
                 go_to(gif, t)
                 picture.paste(gif.convert("RGB").resize(size), (i * (width + 5) + 2, 30))
                 draw.text((i * (width + 5) + 10, 10), titles[i], fill="black", font_size=14)
-            frames.append(picture.quantize(64))
+            frames.append(picture.quantize(48, dither=Image.Dither.NONE))
     step = 20 * (steps[1] - steps[0])  # milliseconds
     rest = dict(save_all=True, append_images=frames[1:], duration=step, loop=0)
     frames[0].save(os.path.join(DOCS, name), **rest)
