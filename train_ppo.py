@@ -75,11 +75,10 @@ __version__ = "1.0.0"
 # Several GPUs: torchrun starts WORLD_SIZE processes of this program, numbered by RANK. Each has
 # environments and a seed of its own. All start from rank 0's weights and average gradients, KL
 # divergence, statistics and figures (`average`), so that all take the same decisions. Rank 0 alone
-# prints, logs and saves; the observers live there.
+# prints, logs and saves; the observers live there, and get what all environments report.
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))  # on this machine
 
 
 # ARGUMENTS ========================================================================================
@@ -485,43 +484,6 @@ def update(model, optimizer, lr: Tensor, batch: Batch, epoch: int, args: Args, l
     return totals / (args.update_epochs * len(minibatches))
 
 
-def average(x: Tensor) -> Tensor:
-    """The mean of x over all processes, in place. With one process it is x itself."""
-    if WORLD_SIZE > 1:
-        together(dist.all_reduce, x)
-        x /= WORLD_SIZE
-    return x
-
-
-def together(collective, *args) -> None:
-    """Call what all processes take part in. TrainingError if one of them is gone."""
-    try:
-        collective(*args)
-    except RuntimeError as exc:
-        raise TrainingError(f"another process has ended, so number {RANK} stops too") from exc
-
-
-def mean_and_var(x: Tensor) -> Tuple[Tensor, Tensor]:
-    """Mean and unbiased variance of the rows of x (n, ...), over the rows of all processes."""
-    mean, var = x.mean(0), x.var(0)
-    if WORLD_SIZE > 1:
-        n, own_mean = len(x), mean
-        mean = average(own_mean.clone())
-        squares = average(var * (n - 1) + n * (own_mean - mean).square())
-        var = squares * WORLD_SIZE / (n * WORLD_SIZE - 1)
-    return mean, var
-
-
-def average_gradients(model: ActorCritic, kl: Tensor) -> Tensor:
-    """Average the gradients over the processes, in one message with the KL divergence ()."""
-    if WORLD_SIZE == 1:
-        return kl
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    message = average(torch.cat([kl.view(1), *(g.flatten() for g in gradients)]))
-    nn.utils.vector_to_parameters(message[1:], gradients)
-    return message[0]
-
-
 class PPOAgent:
     """A training run: model, optimizer, rollout buffer and counters. `train` is the outline of PPO.
     Observers may read all of it; what rl_games has too bears its name."""
@@ -616,16 +578,7 @@ class PPOAgent:
         for theirs, ours in RL_GAMES_NAMES.items():
             self.config[theirs] = self.config[ours]
         self.nn_dir = os.path.join(run_dir, "nn")
-        self.writer = None
-        if RANK == 0:
-            try:
-                self.writer = Writer(os.path.join(run_dir, "summaries"))
-            except (OSError, ValueError) as exc:  # ValueError: a name that is not UTF-8
-                raise UserError(
-                    f"{run_dir}/summaries cannot be written: {first_line(exc)}"
-                ) from exc
-            rows = "".join(f"\n|{name}|{value}|" for name, value in asdict(self.args).items())
-            self.writer.add_text("arguments", "|argument|value|\n|-|-|" + rows)
+        self.writer = Writer(run_dir, self.args) if RANK == 0 else None
 
     def on_step(self, infos: Dict[str, Any], dones: Tensor) -> None:
         """Hand a step of the rollout to the observers."""
@@ -634,6 +587,43 @@ class PPOAgent:
         # Finding the indices makes a GPU wait, so it is done only if someone looks at them.
         wanted = self.algo_observer.needs_done_indices
         self.algo_observer.process_infos(infos, dones.nonzero() if wanted else None)
+
+
+def average(x: Tensor) -> Tensor:
+    """The mean of x over all processes, in place. With one process it is x itself."""
+    if WORLD_SIZE > 1:
+        together(dist.all_reduce, x)
+        x /= WORLD_SIZE
+    return x
+
+
+def together(collective, *args) -> None:
+    """Call what all processes take part in. TrainingError if one of them is gone."""
+    try:
+        collective(*args)
+    except RuntimeError as exc:
+        raise TrainingError(f"another process has ended, so number {RANK} stops too") from exc
+
+
+def mean_and_var(x: Tensor) -> Tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of the rows of x (n, ...), over the rows of all processes."""
+    mean, var = x.mean(0), x.var(0)
+    if WORLD_SIZE > 1:
+        n, own_mean = len(x), mean
+        mean = average(own_mean.clone())
+        squares = average(var * (n - 1) + n * (own_mean - mean).square())
+        var = squares * WORLD_SIZE / (n * WORLD_SIZE - 1)
+    return mean, var
+
+
+def average_gradients(model: ActorCritic, kl: Tensor) -> Tensor:
+    """Average the gradients over the processes, in one message with the KL divergence ()."""
+    if WORLD_SIZE == 1:
+        return kl
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    message = average(torch.cat([kl.view(1), *(g.flatten() for g in gradients)]))
+    nn.utils.vector_to_parameters(message[1:], gradients)
+    return message[0]
 
 
 # ENVIRONMENTS =====================================================================================
@@ -1092,8 +1082,14 @@ class Writer(SummaryWriter):
     Those of one step leave as one event at the end of the epoch, ten times cheaper than one each.
     Where a continued run repeats epochs TensorBoard shows the later points only."""
 
-    def __init__(self, log_dir: str):
-        super().__init__(log_dir)
+    def __init__(self, run_dir: str, args: Args):
+        try:
+            super().__init__(os.path.join(run_dir, "summaries"))
+        except (OSError, ValueError) as exc:  # ValueError: a name that is not UTF-8
+            what = f"{run_dir}/summaries cannot be written"
+            raise UserError(f"{what}: {first_line(exc)}") from exc
+        rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+        self.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *rows]))
         self.scalars: Dict[str, float] = {}
         self.steps: Dict[int, List[Summary.Value]] = {}
         self.works = True
@@ -1955,11 +1951,12 @@ def stop_reason(agent: PPOAgent) -> str:
 def report(agent: PPOAgent) -> None:
     """The end of a run on the console: results, and the commands that go on from here."""
     args, run_dir = agent.args, agent.config["run_dir"]
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))  # processes on this machine
     script = sys.argv[0] if sys.argv[0].endswith(".py") else __file__  # one with own observers?
     script = shlex.quote(os.path.relpath(script))
-    launcher = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node={LOCAL_WORLD_SIZE}"
-    if WORLD_SIZE > LOCAL_WORLD_SIZE:
-        launcher += f" --nnodes={WORLD_SIZE // LOCAL_WORLD_SIZE} ..."
+    launcher = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node={here}"
+    if WORLD_SIZE > here:
+        launcher += f" --nnodes={WORLD_SIZE // here} ..."
     name = "best.pth" if os.path.exists(os.path.join(agent.nn_dir, "best.pth")) else "last.pth"
     more = "" if agent.stop_signal else f" --max-epochs {2 * args.max_epochs}"
     env = f" --env-id {args.env_id}" if ":" in args.env_id else ""
