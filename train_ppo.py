@@ -88,7 +88,8 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 @dataclass
 class Args:
-    """CleanRL's names; rl_games: what <Task>PPO.yaml calls it. Defaults are CartpolePPO.yaml's."""
+    """CleanRL's names; rl_games: what <Task>PPO.yaml calls it. Defaults are CartpolePPO.yaml's, but
+    for value_bootstrap, which that file leaves off."""
 
     env_id: str = "Cartpole"  # Cartpole, an IsaacGymEnvs task such as Ant, or module:factory
     sim: Literal["auto", "isaacgym", "torch"] = "auto"  # auto: Isaac Gym where it is installed
@@ -879,13 +880,15 @@ def task_settings(args: Args) -> Dict[str, Any]:
 def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
     """Arguments from the `params` of a <Task>PPO.yaml. UserError if they ask for what is not here:
     such a task must be refused by name, never trained wrongly."""
-    config, network = dict(params["config"]), params["network"]
+    absent = dict(value_bootstrap=False, normalize_value=False, save_best_after=100)  # rl_games'
+    config, network = {**absent, **params["config"]}, params["network"]
     space, mlp = network.get("space") or {}, network.get("mlp") or {}
     normal = space.get("continuous") or {}
     off = (None, "None", False, 0)
     central = config.get("central_value_config")
     critic = {} if central in off else central["network"]
     critic_mlp = critic.get("mlp") or {}
+    activation = mlp.get("activation", "elu")
     shaper = config.get("reward_shaper") or {}
     shaping = {k: v for k, v in shaper.items() if k not in ("scale_value", "is_torch")}
     algo, model = params["algo"]["name"], params["model"]["name"]
@@ -899,10 +902,7 @@ def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
         (normal.get("fixed_sigma", True) is not True, "a state-dependent sigma"),
         (normal.get("mu_activation") not in off, "an activation on the mean action"),
         (mlp.get("d2rl") not in off or critic_mlp.get("d2rl") not in off, "d2rl layers"),
-        (
-            critic_mlp.get("activation", "elu") != mlp.get("activation", "elu") and critic != {},
-            "another activation in the central value network",
-        ),
+        (critic_mlp.get("activation", activation) != activation, "two activations"),
         (network.get("normalization") not in off, "layer normalisation"),
         (config.get("normalize_rms_advantage") not in off, "normalize_rms_advantage"),
         (config.get("use_smooth_clamp") not in off, "use_smooth_clamp"),
@@ -919,7 +919,7 @@ def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
         config["lr_schedule"] = "fixed"
     config["bounds_loss_coef"] = config.get("bounds_loss_coef") or 0.0
     config["reward_scale"] = shaper.get("scale_value", 1.0)
-    config.update(units=tuple(mlp.get("units", ())), activation=mlp.get("activation", "elu"))
+    config.update(units=tuple(mlp.get("units", ())), activation=activation)
     config["separate"] = network.get("separate", False)
     if critic:
         config["critic_units"] = tuple(critic_mlp.get("units", ()))
