@@ -1381,7 +1381,7 @@ def no_time_outs_env(num_envs, device, seed):
 
 def test_missing_time_outs_are_warned_about_once(here, capsys):
     main(["--env-id", f"{__name__}:no_time_outs_env", *SMALL, "--max-epochs", "9"])
-    assert capsys.readouterr().err.count("no infos['time_outs']") == 1
+    assert capsys.readouterr().err.count("without infos['time_outs']") == 1
 
 
 def test_batch_has_the_steps_of_one_env_after_another():
@@ -2004,6 +2004,7 @@ ISAACGYM = {
     "isaacgymenvs/__init__.py": """
         from omegaconf import OmegaConf
         import isaacgym, torch
+        import numpy as np
         from isaacgym.torch_utils import get_axis_params
         OmegaConf.register_new_resolver("eq", lambda x, y: x.lower() == y.lower())
         OmegaConf.register_new_resolver("contains", lambda x, y: x.lower() in y.lower())
@@ -2030,6 +2031,8 @@ ISAACGYM = {
             num_acts = num_actions = 2
             num_obs = num_observations = 3
             max_episode_length = 30
+            clip_obs = np.inf  # where the task's yaml has no clipObservations
+            clip_actions, dt, control_freq_inv = 1.0, 0.0166, 2
             def __init__(self, n, num_states):
                 self.num_envs, self.num_states = n, num_states
                 self.obs_buf, self.rew_buf = torch.zeros(n, 3), torch.zeros(n)
@@ -2274,6 +2277,8 @@ def test_isaacgym_task_trains_with_its_own_settings(isaacgym_runs):
     assert {name: args[name] for name in expected} == expected
     assert "AntPPO.yaml sets something_new = 1" in err and err.count("warning:") == 1
     assert (folder / "runs/r/nn/best.pth").exists()
+    metadata = load_checkpoint(str(folder / "runs/r/nn/last.pth"))["policy_metadata"]
+    assert metadata == {"dt": 0.0166, "control_freq_inv": 2, "clip_actions": 1.0}
 
 
 @needs_hydra
@@ -3463,7 +3468,7 @@ def test_export_that_differs_leaves_no_file(here, monkeypatch, capsys):
     traced = torch.jit.trace
 
     def without_normaliser(policy, example):
-        policy.model.running_mean_std = None
+        policy.model.running_mean_std = torch.nn.Identity()
         return traced(policy, example)
 
     monkeypatch.setattr(torch.jit, "trace", without_normaliser)
@@ -4033,6 +4038,7 @@ def spying_env(num_envs, device, seed):
     def set_train_info(frame, algo):
         weights = sum(value.double().abs().sum() for value in algo.model.state_dict().values())
         row = (algo.epoch_num, seed, frame, algo.lr, weights, env.state.double().sum())
+        env.epoch = algo.epoch_num
         with open(f"rank{train_ppo.RANK}.txt", "a") as file:
             file.write(" ".join(repr(float(x)) for x in row) + "\n")
         if algo.epoch_num == 4 and train_ppo.RANK == 1:
@@ -4041,11 +4047,13 @@ def spying_env(num_envs, device, seed):
             elif trouble:
                 os.kill(os.getpid(), getattr(signal, trouble))
 
+    env.epoch = 0
     step = env.step
 
     def reporting_step(actions):
         obs, reward, done, infos = step(actions)
         infos[f"only_{train_ppo.RANK}"] = 1.0
+        infos["counted"] = float(env.epoch)
         return obs, reward, done, {**infos, "rank": float(train_ppo.RANK)}
 
     env.step = reporting_step
@@ -4109,6 +4117,7 @@ def test_processes_train_one_policy_stop_together_and_continue(here):
     curves = scalars("runs/r")
     assert [value for _, value in curves["rank/iter"]] == [0.5] * 4, "the mean of all processes"
     assert [value for _, value in curves["only_1/iter"]] == [1.0] * 4
+    assert [value for _, value in curves["counted/iter"]] == [1.0, 2.0, 3.0, 4.0]
 
     for n, epochs in ((2, 6), (1, 7), (3, 8)):
         before = load_checkpoint("runs/r/nn/last.pth")

@@ -72,10 +72,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 __version__ = "1.0.0"
 
-# Several GPUs: torchrun starts WORLD_SIZE processes of this program, numbered by RANK. Each has
-# environments and a seed of its own. All start from rank 0's weights and average gradients, KL
-# divergence, statistics and figures (`average`), so that all take the same decisions. Rank 0 alone
-# prints, logs and saves; the observers live there, and get what all environments report.
+# Several GPUs: torchrun starts WORLD_SIZE processes, numbered by RANK, each with environments and
+# a seed of its own. All start from rank 0's weights and `average` gradients, KL divergence,
+# statistics and figures, so all take the same decisions. Rank 0 alone prints, logs and saves.
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -188,23 +187,20 @@ class RunningMeanStd(nn.Module):
         # The clamp keeps one broken sensor from saturating the network.
         return ((x - self.running_mean.float()) / std).clamp(-5.0, 5.0)
 
+    forward = normalize
+
     def denormalize(self, x: Tensor) -> Tensor:
         std = (self.running_var.float() + 1e-5).sqrt()
         return x.clamp(-5.0, 5.0) * std + self.running_mean.float()
-
-
-def normalize(statistics: Optional[RunningMeanStd], x: Tensor) -> Tensor:
-    return x if statistics is None else statistics.normalize(x)
 
 
 class ActorCritic(nn.Module):
     """Gaussian policy and value function on an MLP (rl_games: continuous_a2c_logstd). The standard
     deviation is the same in every state: one learned logarithm for each action.
 
-    An environment may give the critic what the actor must do without, such as friction or the
-    object's true pose: S = num_states numbers, which follow the observation in the same row, so
-    obs is (n, O + S). The critic then has layers of its own, and sees these numbers alone.
-    """
+    An environment may have S = num_states numbers for the critic that the actor must do without,
+    such as friction. They follow the observation in its row, obs (n, O + S), and the critic then
+    has layers of its own and sees them alone."""
 
     ACTIVATIONS = dict(
         elu=nn.ELU, relu=nn.ReLU, tanh=nn.Tanh, selu=nn.SELU, gelu=nn.GELU, swish=nn.SiLU
@@ -227,10 +223,11 @@ class ActorCritic(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):  # as in rl_games: torch's weights, zero biases
                 nn.init.zeros_(module.bias)
-        self.running_mean_std = RunningMeanStd(num_obs) if args.normalize_input else None
+        normalizer = RunningMeanStd if args.normalize_input else nn.Identity
+        self.running_mean_std = normalizer(num_obs)
         self.value_mean_std = RunningMeanStd(1) if args.normalize_value else None
         if num_states:
-            self.state_mean_std = RunningMeanStd(num_states) if args.normalize_input else None
+            self.state_mean_std = normalizer(num_states)
 
     def mlp(self, size: int, units: Sequence[int], args: Args) -> Tuple[nn.Sequential, int]:
         """Hidden layers for an input of this size, and the size of their output."""
@@ -241,15 +238,13 @@ class ActorCritic(nn.Module):
         return nn.Sequential(*layers), size
 
     def forward(self, obs: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        """Observations (n, O + S) as the environment gives them -> mean action (n, A), logarithm of
-        its standard deviation (n, A), normalised value (n,)."""
+        """Observations (n, O + S) -> mean action (n, A), log std (n, A), normalised value (n,)."""
         net = self.a2c_network
-        own, states = obs[:, : self.num_obs], obs[:, self.num_obs :]
-        own = normalize(self.running_mean_std, own)
+        own = self.running_mean_std(obs[:, : self.num_obs])
         features = net.actor_mlp(own)
         mu = net.mu(features)
         if self.num_states:
-            features = net.critic_mlp(normalize(self.state_mean_std, states))
+            features = net.critic_mlp(self.state_mean_std(obs[:, self.num_obs :]))
         elif self.separate:
             features = net.critic_mlp(own)
         return mu, net.sigma.expand_as(mu), net.value(features).squeeze(-1)
@@ -257,7 +252,7 @@ class ActorCritic(nn.Module):
     def mean_action(self, obs: Tensor) -> Tensor:
         """What a robot runs: observations (n, O), without states -> mean action (n, A)."""
         net = self.a2c_network
-        return net.mu(net.actor_mlp(normalize(self.running_mean_std, obs[:, : self.num_obs])))
+        return net.mu(net.actor_mlp(self.running_mean_std(obs[:, : self.num_obs])))
 
     def update_statistics(self, obs: Tensor) -> None:
         """Take observations (n, O + S) into the running statistics."""
@@ -271,9 +266,8 @@ class ActorCritic(nn.Module):
         mu, logstd, value = self(obs)
         sigma = logstd.exp()
         actions = mu + sigma * noise
-        logprobs = log_prob(actions, mu, logstd)
-        values = self.denorm_value(value)
-        return dict(actions=actions, logprobs=logprobs, values=values, mus=mu, sigmas=sigma)
+        step = dict(actions=actions, logprobs=log_prob(actions, mu, logstd), mus=mu, sigmas=sigma)
+        return dict(step, values=self.denorm_value(value))
 
     @torch.no_grad()
     def value(self, obs: Tensor) -> Tensor:
@@ -303,11 +297,9 @@ def log_prob(action: Tensor, mu: Tensor, logstd: Tensor) -> Tensor:
 @torch.no_grad()
 def rollout(policy, env, obs: Tensor, buffer: Dict[str, Tensor], args: Args, after_step):
     """Take num_steps steps in every environment, starting from obs (E, O + S), and fill the buffer.
-
-    `policy` is ActorCritic.act; `after_step(infos, dones)` is called after each step. Returns the
+    `policy` is ActorCritic.act; after_step(infos, dones) is called after each step. Returns the
     observations after the last step (E, O + S) and the seconds that the environment took. It may
-    overwrite the tensors that it returned, so the buffer gets copies.
-    """
+    overwrite the tensors that it returned, so the buffer gets copies."""
     env_seconds = 0.0
     for t in range(args.num_steps):
         decision = policy(obs, torch.randn_like(buffer["actions"][t]))
@@ -329,10 +321,9 @@ def rollout(policy, env, obs: Tensor, buffer: Dict[str, Tensor], args: Args, aft
 
 
 def shape_rewards(buffer: Dict[str, Tensor], args: Args) -> Tensor:
-    """The rewards that PPO learns from (T, E): scaled and, at a time limit, with gamma * V(s_t),
-    because the episode would have gone on (Pardo et al. 2018). The value of the next state would be
-    exact, but in some tasks the next observation is already one of a new episode. Like rl_games
-    this takes the value of the last state, one step earlier."""
+    """The rewards that PPO learns from (T, E): scaled and, at a time limit, with gamma * V(s_t) for
+    the rest of the episode (Pardo et al. 2018). V(s_t+1) would be exact, but in some tasks the next
+    observation already belongs to a new episode, so this uses V(s_t), as rl_games does."""
     rewards = args.reward_scale * buffer["rewards"]
     if args.value_bootstrap:
         rewards = rewards + args.gamma * buffer["values"] * buffer["time_outs"]
@@ -340,10 +331,9 @@ def shape_rewards(buffer: Dict[str, Tensor], args: Args) -> Tensor:
 
 
 def gae(rewards: Tensor, values: Tensor, dones: Tensor, last_value: Tensor, args: Args) -> Tensor:
-    """Generalised advantage estimation (Schulman et al. 2015, equation 16) -> advantages (T, E).
-    rewards, values, dones (T, E): of each step; a done of 1.0 says that the episode ended with this
-    step, so that nothing after it counts; what a time limit cut off is in the rewards already.
-    last_value (E,): of the state after the rollout."""
+    """Advantages (T, E) by generalised advantage estimation (Schulman et al. 2015, eq. 16) from
+    rewards, values and dones (T, E), and the value of the state after the rollout (E,). dones[t] is
+    1.0 if the episode ended with step t; a time limit's bootstrap is in the rewards already."""
     advantages = torch.empty_like(rewards)
     advantage = torch.zeros_like(last_value)
     next_value = last_value
@@ -436,8 +426,8 @@ def policy_kl(mu: Tensor, sigma: Tensor, old_mu: Tensor, old_sigma: Tensor) -> T
 
 
 def next_lr(lr: Tensor, kl: Tensor, epoch: int, args: Args) -> Tensor:
-    """The learning rate () after lr (). The adaptive schedule raises it where the policy moves too
-    little and lowers it where it moves too much; on tensors, so that nothing waits for the GPU."""
+    """The next learning rate (). The adaptive schedule raises it if the policy moves too little and
+    lowers it if it moves too much; on tensors, so nothing waits for the GPU."""
     if args.lr_schedule == "adaptive":
         lr = torch.where(kl > 2.0 * args.kl_threshold, (lr / 1.5).clamp(min=args.min_lr), lr)
         return torch.where(kl < 0.5 * args.kl_threshold, (lr * 1.5).clamp(max=args.max_lr), lr)
@@ -448,9 +438,8 @@ def next_lr(lr: Tensor, kl: Tensor, epoch: int, args: Args) -> Tensor:
 
 
 def update(model, optimizer, lr: Tensor, batch: Batch, epoch: int, args: Args, loss_fn) -> Tensor:
-    """Pass over the batch update_epochs times, with a gradient step for each minibatch. lr () is
-    the learning rate and is stepped in place; loss_fn is ppo_loss. Returns the means of LOSSES
-    and of the KL divergence over all gradient steps (6,)."""
+    """Pass over the batch update_epochs times, with a gradient step for each minibatch; changes the
+    learning rate lr () in place. Returns the mean LOSSES and KL divergence of all steps (6,)."""
     batch = normalize_batch(model, batch, args)
     minibatches = [Batch(*rows) for rows in zip(*(x.split(args.minibatch_size) for x in batch))]
     totals = torch.zeros(len(LOSSES) + 1, device=lr.device)
@@ -506,7 +495,7 @@ class PPOAgent:
         self.best_epoch = 0
         self.stop_signal = 0  # the number of the signal that asked to stop after this epoch
 
-        self.num_states = int(getattr(env, "num_states", 0))
+        self.num_states = int(getattr(env, "num_states", None) or 0)
         self.max_episode_length = int(getattr(env, "max_episode_length", None) or 0)  # 0: unknown
         self.model = ActorCritic(env.num_obs, env.num_acts, args, self.num_states).to(self.device)
         if WORLD_SIZE > 1:
@@ -520,9 +509,8 @@ class PPOAgent:
             functions = compiled(functions, self.device)
         self.act, self.gae, self.loss_fn = functions
 
-        # Many environments and few steps: a rollout as large as that of one environment with long
-        # episodes comes in a fraction of the time (Makoviychuk et al. 2021, Rudin et al. 2021).
-        # What lies beyond the last step is for the value function to say.
+        # Thousands of environments and few steps fill a rollout in a fraction of the time that one
+        # environment needs (Rudin et al. 2021); the value function stands for what comes after.
         acts = (env.num_acts,)
         shapes = dict(obs=(env.num_obs + self.num_states,), actions=acts, mus=acts, sigmas=acts)
         shapes.update(logprobs=(), values=(), rewards=(), dones=(), time_outs=())
@@ -574,10 +562,9 @@ class PPOAgent:
 
     def open(self, run_dir: str, wandb_run_id: str) -> None:
         """Get ready to write into run_dir. `config` is what observers expect under this name."""
-        self.config = {**asdict(self.args), "name": os.path.basename(run_dir), "run_dir": run_dir}
-        self.config["wandb_run_id"] = wandb_run_id
-        for theirs, ours in RL_GAMES_NAMES.items():
-            self.config[theirs] = self.config[ours]
+        self.config = dict(asdict(self.args), run_dir=run_dir, wandb_run_id=wandb_run_id)
+        self.config["name"] = os.path.basename(run_dir)
+        self.config.update({name: self.config[ours] for name, ours in RL_GAMES_NAMES.items()})
         self.nn_dir = os.path.join(run_dir, "nn")
         self.writer = Writer(run_dir, self.args) if RANK == 0 else None
 
@@ -637,12 +624,12 @@ def average_gradients(model: ActorCritic, kl: Tensor) -> Tensor:
 #     infos          time_outs (E,): the episode was cut by the clock, not ended by the task;
 #                    episode, episode_cumulative, any scalar: logged (RLGPUAlgoObserver)
 #
-# It may have more: max_episode_length; clip_obs, the range of its observations, for exporting the
-# policy; policy_metadata(), a dict of numbers, strings and lists that a robot needs besides the
-# weights, such as action scale and joint names; set_train_info(frame, algo), called before each
-# rollout in every process, the place for a curriculum; close(); get_env_state() and
-# set_env_state(state), kept in checkpoints. exact_state = True says that these and torch's
-# generators are the whole simulation: a run continues exactly.
+# and, if it has them, close(), max_episode_length,
+#     clip_obs                      range of its observations, for exporting the policy
+#     policy_metadata()             a dict for the robot, such as action scale and joint names
+#     set_train_info(frame, algo)   called before each rollout in every process: a curriculum
+#     get_env_state(), set_env_state(state)   kept in checkpoints
+#     exact_state = True            these and torch's generators are all: a run continues exactly
 
 
 class Cartpole:
@@ -718,8 +705,7 @@ class Cartpole:
 
 
 def uses_isaacgym(args: Args) -> bool:
-    """Whether Isaac Gym simulates this task. An installation that is broken is an error, because
-    another simulator must never step in silently."""
+    """Whether Isaac Gym simulates this task. A broken installation is an error, not a fallback."""
     absent = args.sim == "auto" and ISAACGYM_ERROR == "it is not installed"
     if absent or args.sim == "torch" or ":" in args.env_id:
         return False
@@ -796,12 +782,12 @@ def check_step(step: Any, env, device: torch.device) -> Tuple[Any, ...]:
 def check_obs(obs: Any, what: str, env) -> Tensor:
     """The observations and, where the env has them, the states for the critic as (E, O + S)."""
     obs = obs if isinstance(obs, dict) else {}
-    parts = []
-    for name, size in (("obs", env.num_obs), ("states", getattr(env, "num_states", 0))):
-        if size:
-            part = check_shape(obs.get(name), f"{what}['{name}']", (env.num_envs, size))
-            parts.append(part.float())
-    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    own = check_shape(obs.get("obs"), f"{what}['obs']", (env.num_envs, env.num_obs)).float()
+    size = getattr(env, "num_states", None)
+    if not size:
+        return own
+    states = check_shape(obs.get("states"), f"{what}['states']", (env.num_envs, size))
+    return torch.cat((own, states.float()), dim=1)
 
 
 def check_shape(value: Any, what: str, shape: Sequence[int]) -> Tensor:
@@ -812,8 +798,7 @@ def check_shape(value: Any, what: str, shape: Sequence[int]) -> Tensor:
 
 
 def compose_isaacgym_config(args: Args, num_envs: Any = ""):
-    """The hydra config of an IsaacGymEnvs task, as its train.py composes it; num_envs "" leaves the
-    number to the task."""
+    """The task's hydra config as IsaacGymEnvs composes it; num_envs "" means the task's number."""
     try:
         import isaacgymenvs  # registers the resolvers that its yaml files use
         from hydra import compose, initialize_config_dir
@@ -844,20 +829,16 @@ RL_GAMES_NAMES.update(normalize_advantage="norm_adv")
 NO_EFFECT = """
     name full_experiment_name env_name multi_gpu ppo device device_name print_stats player
     score_to_win seq_len seq_length zero_rnn_on_done central_value_config train_dir truncate_grads
-    use_experimental_cv reward_shaper
+    use_experimental_cv reward_shaper normalize_rms_advantage use_smooth_clamp bound_loss_type
     defer_summaries_sec summaries_interval_sec_min summaries_interval_sec_max
-    normalize_rms_advantage use_smooth_clamp bound_loss_type
 """.split()
 
 
 def policy_metadata(env) -> Dict[str, Any]:
-    """What a robot needs besides the weights: what the env says or, of an IsaacGymEnvs task, what
-    can be read off it. UserError if JSON cannot hold it."""
-    names = (
-        "dt control_freq_inv decimation clip_obs clip_actions action_scale power_scale dof_names"
-    )
-    found = {name: getattr(env, name, None) for name in names.split()}
-    metadata = {k: v for k, v in found.items() if isinstance(v, (int, float, str, list))}
+    """What a robot needs besides the weights, from the env. UserError if JSON cannot hold it."""
+    keys = "dt control_freq_inv decimation clip_obs clip_actions action_scale power_scale dof_names"
+    found = [(k, getattr(env, k, None)) for k in keys.split()]  # inf: VecTask's word for no limit
+    metadata = {k: v for k, v in found if isinstance(v, (int, float, str, list)) and v != math.inf}
     if hasattr(env, "policy_metadata"):
         metadata = env.policy_metadata()
     try:
@@ -867,8 +848,7 @@ def policy_metadata(env) -> Dict[str, Any]:
 
 
 def task_settings(args: Args) -> Dict[str, Any]:
-    """The arguments that come with a task: SETTINGS of the module of module:factory, a dict with
-    the names of Args, or <Task>PPO.yaml of an IsaacGymEnvs task."""
+    """The task's arguments: SETTINGS of the env's module, or IsaacGymEnvs' <Task>PPO.yaml."""
     if ":" in args.env_id:
         settings = getattr(import_env_module(args.env_id), "SETTINGS", {})
         return checked(settings, f"SETTINGS of --env-id {args.env_id}")
@@ -878,8 +858,7 @@ def task_settings(args: Args) -> Dict[str, Any]:
 
 
 def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
-    """Arguments from the `params` of a <Task>PPO.yaml. UserError if they ask for what is not here:
-    such a task must be refused by name, never trained wrongly."""
+    """Arguments from a <Task>PPO.yaml. UserError rather than training without what it asks for."""
     absent = dict(value_bootstrap=False, normalize_value=False, save_best_after=100)  # rl_games'
     config, network = {**absent, **params["config"]}, params["network"]
     space, mlp = network.get("space") or {}, network.get("mlp") or {}
@@ -919,20 +898,17 @@ def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
         config["lr_schedule"] = "fixed"
     config["bounds_loss_coef"] = config.get("bounds_loss_coef") or 0.0
     config["reward_scale"] = shaper.get("scale_value", 1.0)
-    config.update(units=tuple(mlp.get("units", ())), activation=activation)
+    config.update(units=mlp.get("units", ()), activation=activation)
     config["separate"] = network.get("separate", False)
     if critic:
-        config["critic_units"] = tuple(critic_mlp.get("units", ()))
-        what = f"{task}PPO.yaml has a central value network with an optimizer of its own"
-        warn(f"{what}: here the critic sees the same states, but shares the actor's optimizer")
+        config["critic_units"] = critic_mlp.get("units", ())
+        warn(f"{task}PPO.yaml has a central value network: here it shares the actor's optimizer")
     config["sigma_init"] = normal.get("sigma_init", {}).get("val", 0.0)
     settings = {}
-    types = {field.name: field.type for field in fields(Args)}
     for key in sorted(config.keys() - set(NO_EFFECT)):
         name, value = RL_GAMES_NAMES.get(key, key), config[key]
-        if name in types:  # yaml reads 3e-4 as a string and 4 as an int
-            is_number = types[name] in (int, float, bool)
-            settings[name] = types[name](value) if is_number else value
+        if hasattr(Args, name):  # yaml reads 3e-4 as a string, 4 as an int and units as a list
+            settings[name] = type(getattr(Args, name))(value)
         else:
             warn(f"{task}PPO.yaml sets {key} = {value}, which this file does not know: ignored")
     return settings
@@ -961,12 +937,11 @@ def compiled(functions: Sequence[Callable], device: torch.device) -> List[Callab
 
 
 # METRICS ==========================================================================================
-# A reward's way to W&B: env.step -> rollout -> buffer -> EpisodeMeter.add_rollout (its sum over the
-# episode) -> collect_figures (mean of the last episodes) -> log_epoch -> Writer.add_scalar, under
-# the tag rewards/step (TensorBoard) -> MultiObserver.after_print_stats -> WandbAlgoObserver, which
-# sends all that the writer remembers of the epoch. What the environment puts into infos comes to
-# the writer from PPOAgent.on_step by way of RLGPUAlgoObserver. For another backend write an
-# AlgoObserver of your own (examples/own_observer.py): main(observers=[Mine()]).
+# A reward: env.step -> rollout -> buffer -> EpisodeMeter.add_rollout (its sum over the episode) ->
+#           collect_figures (mean of the last episodes) -> log_epoch -> Writer.add_scalar
+# infos:    env.step -> PPOAgent.on_step -> RLGPUAlgoObserver -> Writer.add_scalar
+# Writer:   -> TensorBoard; and all scalars of the epoch -> WandbAlgoObserver.after_print_stats
+# For another backend write an AlgoObserver (examples/own_observer.py): main(observers=[Mine()]).
 
 
 class EpisodeMeter:
@@ -1055,12 +1030,14 @@ def log_epoch(agent: PPOAgent, figures, step_time: float, play_time: float, epoc
         for axis, step in (("step", frame), ("iter", epoch), ("time", agent.total_time)):
             write(f"{name}/{axis}", figures[name], step)
     agent.algo_observer.after_print_stats(frame, epoch, agent.total_time)
-    agent.score, scalars = agent.mean_rewards, agent.writer.scalars
-    if args.best_metric:
-        agent.score = scalars.get(args.best_metric, -math.inf)
-        if figures["finished"] and args.best_metric not in scalars:
+    scalars = agent.writer.scalars
+    if not args.best_metric:
+        agent.score = agent.mean_rewards
+    elif figures["finished"]:
+        if args.best_metric not in scalars and agent.score == -math.inf:  # the first time
             tags = [x for x in scalars if not x.startswith(("performance/", "losses/", "info/"))]
-            warn_once(f"--best-metric {args.best_metric} is not logged: {', '.join(tags)} are")
+            warn(f"--best-metric {args.best_metric} is not logged: {', '.join(tags)} are")
+        agent.score = scalars.get(args.best_metric, math.nan)  # nan is never the best
     agent.writer.end_epoch()
 
     done = "no episode finished yet"
@@ -1073,21 +1050,19 @@ def log_epoch(agent: PPOAgent, figures, step_time: float, play_time: float, epoc
     log(f"epoch {epoch}/{args.max_epochs}", done, left, lr, fps, f"frames {frame:,}", live=True)
     limit = agent.max_episode_length or math.inf
     if not agent.time_outs_seen and (agent.episodes.finished[:, 2] >= limit - 1).any():
-        what = f"episodes end at max_episode_length ({limit}) but there is no infos['time_outs']"
-        warn_once(f"{what}: the clock is taken for failure")
+        agent.time_outs_seen = True  # say it once
+        warn("without infos['time_outs'], episodes cut at max_episode_length count as failed")
 
 
 class Writer(SummaryWriter):
-    """A SummaryWriter that remembers the epoch's scalars, whoever wrote them, for other backends.
-    Those of one step leave as one event at the end of the epoch, ten times cheaper than one each.
-    Where a continued run repeats epochs TensorBoard shows the later points only."""
+    """A SummaryWriter that remembers the epoch's scalars, whoever wrote them, for other backends,
+    and writes those of one step as one event, ten times cheaper than one event each."""
 
     def __init__(self, run_dir: str, args: Args):
         try:
             super().__init__(os.path.join(run_dir, "summaries"))
         except (OSError, ValueError) as exc:  # ValueError: a name that is not UTF-8
-            what = f"{run_dir}/summaries cannot be written"
-            raise UserError(f"{what}: {first_line(exc)}") from exc
+            raise UserError(f"{run_dir}/summaries cannot be written: {first_line(exc)}") from exc
         rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
         self.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *rows]))
         self.scalars: Dict[str, float] = {}
@@ -1150,8 +1125,7 @@ class RLGPUAlgoObserver(AlgoObserver):
                                       each episode          over the last games_to_track episodes
     any scalar, nested or not         <key>/{frame,iter,time}: mean over the epoch
 
-    Keys may come and go, scalars are averaged, and nothing leaves the device before the epoch ends.
-    """
+    Keys may come and go, and nothing leaves the device before the epoch ends."""
 
     def after_init(self, algo) -> None:
         super().after_init(algo)
@@ -1185,6 +1159,9 @@ class RLGPUAlgoObserver(AlgoObserver):
         if WORLD_SIZE > 1:
             everyone: List[Any] = [None] * WORLD_SIZE
             together(dist.all_gather_object, everyone, self.totals())
+            if RANK != 0:  # only rank 0 logs, so nothing may pile up here
+                self.steps.clear()
+                return
             for totals in everyone:
                 for tag, total in totals.items():
                     self.sums[tag].append(total)
@@ -1199,7 +1176,7 @@ class RLGPUAlgoObserver(AlgoObserver):
 
     def figures(self) -> Dict[str, float]:
         """What the environments have reported since the last call, by tag without its axis."""
-        found = {tag: total / max(n, 1) for tag, (total, n) in self.totals().items()}
+        found = {tag: total / n for tag, (total, n) in self.totals().items() if n}
         for key, steps in self.steps.items():
             values, dones = (torch.stack(x) for x in zip(*steps))
             meter, before = self.meters[key], self.meters[key].count
@@ -1234,10 +1211,9 @@ class RLGPUAlgoObserver(AlgoObserver):
 
 
 class WandbAlgoObserver(AlgoObserver):
-    """Sends the epoch's scalars to Weights & Biases; training goes on whether that is absent,
-    offline, slow or broken. Not by sync_tensorboard, which gets the x-axis of <tag>/iter and
-    <tag>/time wrong, and without `step=`, which would drop points of a continued run: frames, epoch
-    and seconds are values, and each metric is told which of them is its x-axis."""
+    """Sends the epoch's scalars to Weights & Biases; training goes on if that is absent, offline,
+    slow or broken. sync_tensorboard would get the x-axis of <tag>/iter and <tag>/time wrong, and
+    `step=` would drop points of a continued run, so define_metric names each tag's x-axis."""
 
     patience = 20  # seconds for the server's first answer, and for the rest at the end
 
@@ -1367,10 +1343,9 @@ class MultiObserver(AlgoObserver):
         left = list(states)
         for observer in self.everyone:
             mine = next((entry for entry in left if entry[0] == type(observer).__name__), None)
-            if mine:
-                left.remove(mine)
-                if mine[1]:
-                    self.ask(observer, "load_state_dict", mine[1])
+            left = [entry for entry in left if entry is not mine]
+            if mine and mine[1]:
+                self.ask(observer, "load_state_dict", mine[1])
 
 
 # CHECKPOINTS ======================================================================================
@@ -1424,10 +1399,10 @@ def load_weights(model: ActorCritic, state: Dict[str, Any], path: str) -> None:
                 theirs = torch.tensor(float(saved[i][name])) if name == "step" else saved[i][name]
                 found[f"Adam's {name} of parameter {i}"] = theirs
         for name in (*expected, *found):
-            sides = [side[name] if name in side else None for side in (found, expected)]
+            sides = [side.get(name) for side in (found, expected)]
             kinds = ["missing" if x is None else f"{x.dtype} {tuple(x.shape)}" for x in sides]
             if kinds[0] != kinds[1]:
-                what = f"{name} is {kinds[0]}, but {kinds[1]} in a run with these arguments"
+                what = f"{name} is {kinds[0]}, but should be {kinds[1]}"
                 raise UserError(f"{path} does not fit the env or the network: {what}")
         model.load_state_dict(state["model"])
 
@@ -1446,7 +1421,7 @@ def restore_agent(agent: PPOAgent, state: Dict[str, Any], path: str) -> bool:
             setattr(agent, name, state[name])
         agent.epoch_num = agent.whole_epoch = state["epoch"]
         if state["args"].get("best_metric", "") != agent.args.best_metric:  # not to be compared
-            agent.last_mean_rewards = -math.inf
+            agent.last_mean_rewards, agent.best_epoch = -math.inf, 0
         running, finished, count = state["episodes"]
         agent.episodes.finished = finished.to(agent.device).view(-1, 3)
         agent.episodes.count = int(count)
@@ -1502,12 +1477,11 @@ def plain(value: Any) -> Any:
 def save_checkpoints(agent: PPOAgent, figures: Dict[str, float]) -> None:
     """best.pth and epoch_<N>.pth, if it is time for them."""
     args, epoch = agent.args, agent.epoch_num
-    # Since the environments started, each could have finished a whole episode, and a full window of
-    # episodes has ended. Before that the short episodes are over-represented.
+    # Short episodes end first. So wait until each environment could have finished one, since they
+    # started, and the window is full.
     steps = (epoch - agent.first_epoch) * args.num_steps
-    fair = steps >= agent.max_episode_length
-    fair = fair and figures["finished"] == args.games_to_track and epoch >= args.save_best_after
-    if fair and agent.score > agent.last_mean_rewards:
+    fair = steps >= agent.max_episode_length and figures["finished"] == args.games_to_track
+    if fair and epoch >= args.save_best_after and agent.score > agent.last_mean_rewards:
         before = (agent.last_mean_rewards, agent.best_epoch)
         agent.last_mean_rewards, agent.best_epoch = agent.score, epoch
         save(agent, "best.pth")
@@ -1582,17 +1556,16 @@ def find_checkpoint(path: str) -> Tuple[str, Dict[str, Any]]:
     """(file, content) of a file, or of a run folder's readable file with the highest epoch."""
     if not os.path.isdir(path):
         return path, load_checkpoint(path)
-    files = glob.glob(os.path.join(glob.escape(path), "nn", "*.pth"))
-    names = {os.path.basename(file): file for file in files}
+    names = [os.path.basename(x) for x in glob.glob(os.path.join(glob.escape(path), "nn", "*.pth"))]
     numbers = [int(n) for n in re.findall(r"\bepoch_(\d+)\.pth", " ".join(names))]
     numbered = [f"epoch_{n}.pth" for n in sorted(numbers, reverse=True)]
     found = []
-    for name in ("last.pth", "best.pth", *numbered):
+    for name in (x for x in ("last.pth", "best.pth", *numbered) if x in names):
         try:
-            if name in names:
-                found.append((names[name], load_checkpoint(names[name])))
-                if name in numbered:
-                    break  # the others are older
+            file = os.path.join(path, "nn", name)
+            found.append((file, load_checkpoint(file)))
+            if name in numbered:
+                break  # the others are older
         except UserError as exc:
             warn(f"{exc}: skipped")
     if not found:
@@ -1640,12 +1613,19 @@ def first_line(exc: BaseException) -> str:
     return (str(exc).strip().splitlines() or [type(exc).__name__])[0]
 
 
+CLOSE_PATIENCE = 20.0  # seconds that an env has to close
+
+
 def close_env(env, code: int) -> None:
-    """Close the env. All is saved by then, so one that raises is a warning, and one that does not
-    return ends the program with `code`. It is this thread that closes, because OpenGL wants so."""
+    """Close the env, in the main thread because OpenGL wants so. All is saved by then: if it raises
+    that is a warning, and if it does not return the program ends with `code`."""
+
+    error = sys.exc_info()[1]
 
     def give_up():
         warn("the env's close() does not return, so the program ends without it")
+        if error is not None:
+            log(f"error: {error!r}", stream=sys.stderr)
         os._exit(code)
 
     timer = threading.Timer(CLOSE_PATIENCE, give_up)
@@ -1715,7 +1695,11 @@ def open_run_dir(args: Args, origin: str) -> Tuple[str, Any]:
         with contextlib.suppress(ImportError):  # Windows
             import fcntl
 
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as exc:
+                if exc.errno != errno.ENOLCK:  # some network file systems have no locks
+                    raise
         nn_dir = os.path.join(run_dir, "nn")
         for path in glob.glob(os.path.join(glob.escape(nn_dir), "*.pth.*.tmp")):
             if os.path.isfile(path) and not os.path.islink(nn_dir):
@@ -1725,9 +1709,8 @@ def open_run_dir(args: Args, origin: str) -> Tuple[str, Any]:
     except BlockingIOError as exc:
         raise UserError(f"{run_dir} is being trained by another process: stop it first") from exc
     except OSError as exc:
-        if exc.errno != errno.ENOLCK:  # some network file systems have no locks
-            what = f"{exc.filename or run_dir} cannot be trained in"
-            raise UserError(f"{what}: {exc.strerror or exc}") from exc
+        what = exc.filename or run_dir
+        raise UserError(f"{what} cannot be trained in: {exc.strerror or exc}") from exc
     return run_dir, lock
 
 
@@ -1746,11 +1729,10 @@ def make_run_dir(args: Args) -> str:
 
 
 def describe_run(run_dir: str, args: Args, origin: str) -> None:
-    """config.json and code/: this file, the script that was started, the env's module, and what git
-    says has changed since the last commit."""
+    """Write config.json and code/: this file, the script started, the env's module, git's diff."""
     about = dict(args=asdict(args), origin=origin, command=shlex.join([sys.executable, *sys.argv]))
-    python = sys.version.split()[0]
-    about["versions"] = dict(train_ppo=__version__, python=python, torch=torch.__version__)
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__)
+    about["versions"] = dict(versions, train_ppo=__version__)
     with open(os.path.join(run_dir, "config.json"), "w") as file:
         json.dump(about, file, indent=2)
     folder = os.path.join(run_dir, "code")
@@ -1768,14 +1750,10 @@ def describe_run(run_dir: str, args: Args, origin: str) -> None:
             file.write(b"since commit " + commit + diff[: 10**7])  # bytes
 
 
-CLOSE_PATIENCE = 20.0  # seconds that an env has to close
-
-
 class Runner:
-    """Does what args say: train, continue or play. path, state: the file that args.checkpoint or
-    args.init_from means, and its content."""
+    """Does what args say. path, state: the checkpoint that they name, and its content."""
 
-    def __init__(self, args: Args, observer: "MultiObserver", path: str = "", state=None):
+    def __init__(self, args: Args, observer: MultiObserver, path: str = "", state=None):
         self.args = args
         self.path = path
         self.state = state
@@ -1818,6 +1796,7 @@ class Runner:
     def train(self, agent: PPOAgent) -> Dict[str, Any]:
         """All that stands around PPOAgent.train."""
         args, state, path, observer = self.args, self.state, self.path, self.observer
+        env = agent.env
         continues = os.path.isdir(args.checkpoint)
         if args.checkpoint:
             exact = restore_agent(agent, state, path)
@@ -1851,7 +1830,8 @@ class Runner:
         except BaseException:  # a simulator whose window is closed may call sys.exit
             if agent.whole_epoch:  # the weights in memory are those of a complete epoch
                 agent.epoch_num = agent.whole_epoch
-                agent.env = SimpleNamespace(num_obs=agent.env.num_obs, num_acts=agent.env.num_acts)
+                sizes = {x: getattr(env, x, None) for x in ("num_obs", "num_acts", "clip_obs")}
+                agent.env = SimpleNamespace(**sizes)  # without its state, which may be broken
                 with contextlib.suppress(Exception):  # the first exception is the one to see
                     save(agent, "last.pth")
             raise
@@ -1867,18 +1847,16 @@ class Runner:
 
 @torch.no_grad()
 def play(agent: PPOAgent, state: Dict[str, Any], path: str) -> Dict[str, float]:
-    """Evaluate the mean actions in one whole episode of each environment: the second, because the
-    first may have begun before. Those that end first, of whichever env, would be the short ones."""
+    """Evaluate the mean actions on the second episode of each environment: the first may have begun
+    before, and the first N to end, of whichever environments, would be the short ones."""
     args, env, obs = agent.args, agent.env, agent.obs
     agent.games_to_track = 10**6  # all episodes
     agent.writer = None
     observer = RLGPUAlgoObserver()
     observer.after_init(agent)
-    with reading(path):
-        num_states = state.get("num_states", 0)
-        if num_states != agent.num_states:  # the policy does without states, so the env may too
-            model = ActorCritic(env.num_obs, env.num_acts, args, num_states)
-            agent.model = model.to(agent.device)
+    with reading(path):  # the policy does without states, so this env may have other ones or none
+        model = ActorCritic(env.num_obs, env.num_acts, args, state.get("num_states", 0))
+        agent.model = model.to(agent.device)
     load_weights(agent.model, state, path)
     returns = torch.zeros(env.num_envs, device=agent.device)
     lengths = torch.zeros_like(returns)
@@ -1981,9 +1959,8 @@ NETWORK_ARGS = "units critic_units activation separate normalize_input normalize
 
 
 def parse_args(argv: Optional[Sequence[str]] = None):
-    """Args from flags (sys.argv by default), and path and content of the checkpoint that they name.
-    The flags are parsed twice: first to learn which checkpoint or task is meant, then over the
-    values found there."""
+    """Args, path and content of the checkpoint that they name. The flags are parsed twice, first
+    to learn which checkpoint or task is meant, then over the values found there."""
     parse = functools.partial(tyro.cli, Args, args=argv, description=__doc__.splitlines()[0])
     first = parse(default=Args())
     folder = os.path.join(first.train_dir, first.experiment)
@@ -2009,20 +1986,21 @@ def inherited_args(first: Args, path: str, state: Dict[str, Any]) -> Dict[str, A
 
 
 def checked(values: Dict[str, Any], origin: str) -> Dict[str, Any]:
-    """Values of arguments, lists as tuples. UserError if a name or a type is not that of Args."""
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    types = {field.name: field for field in fields(Args)}
+    """The values with Args' types. UserError if a name or a type is not one of Args."""
+    types = {field.name: field.type for field in fields(Args)}
+    found = {}
     for name, value in values.items():
         if name not in types:
             raise UserError(f"{origin} has an unknown argument: {name}")
-        default = types[name].default
-        choices = typing.get_args(types[name].type) if isinstance(default, str) else ()
-        good = type(value) is type(default) and (not choices or value in choices)
-        if not good or (
-            isinstance(value, tuple) and any(type(width) is not int for width in value)
-        ):
+        kind = type(getattr(Args, name))
+        if (type(value), kind) in ((list, tuple), (int, float)):
+            value = kind(value)
+        choices = typing.get_args(types[name]) if kind is str else ()
+        good = type(value) is kind and (not choices or value in choices)
+        if not good or (kind is tuple and any(type(width) is not int for width in value)):
             raise UserError(f"{origin} has {name} = {str(value)[:40]!r}, which cannot be")
-    return values
+        found[name] = value
+    return found
 
 
 def main(argv: Optional[Sequence[str]] = None, observers: Sequence[AlgoObserver] = ()) -> None:

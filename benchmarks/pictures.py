@@ -6,8 +6,8 @@ python benchmarks/pictures.py curves         curves.png: five seeds here and wit
                                              (three minutes on 2 cores)
 python benchmarks/pictures.py ant            ant.gif: MuJoCo's Ant before and after training
                                              (five minutes; mujoco)
-python benchmarks/pictures.py ant_curves     ant_curves.png: five seeds here and with rl_games
-                                             (an hour; mujoco)
+python benchmarks/pictures.py ant_curves     ant_curves.png: ten seeds here and with rl_games
+                                             (two hours; mujoco, rl_games 1.6.1)
 python benchmarks/pictures.py states         states.png: a critic with and without the exact state
 python benchmarks/pictures.py tensorboard    tensorboard.png: the page of a real run, by Chromium
 """
@@ -95,7 +95,8 @@ def draw_curves(name: str, runs, steps, ylabel: str) -> None:
         for line in lines:
             axes.plot(steps, line, color=color, alpha=0.3, linewidth=1)
         means = np.array(lines, float).mean(0)  # None, before an episode ended, becomes nan
-        axes.plot(steps, means, color=color, linewidth=2.5, label=f"{label}, mean of 5 seeds")
+        label = f"{label}, mean of {len(lines)} seeds"
+        axes.plot(steps, means, color=color, linewidth=2.5, label=label)
         some = range(len(means) // 5 - 1, len(means), len(means) // 5)
         print(label, {epoch + 1: round(means[epoch]) for epoch in some})
     axes.set(xlabel="million env steps", ylabel=ylabel, ylim=(0, None))
@@ -105,10 +106,10 @@ def draw_curves(name: str, runs, steps, ylabel: str) -> None:
     figure.savefig(os.path.join(DOCS, f"{name}.png"), dpi=110)
 
 
-def compare_runs(env: str):
-    """{trainer: five lists of returns} by compare.py, each run a process of its own."""
+def compare_runs(env: str, seeds: int):
+    """{trainer: lists of returns} by compare.py, each run a process of its own."""
     runs = {"rl_games": [], "train_ppo": []}
-    for seed in range(1, 6):
+    for seed in range(1, seeds + 1):
         for name, lines in runs.items():
             command = [sys.executable, os.path.join(HERE, "compare.py"), "--one", name]
             command += ["--env", env, "--threads", "1", "--seed", str(seed)]
@@ -120,13 +121,14 @@ def compare_runs(env: str):
 
 def curves() -> None:
     steps = [512 * 16 * epoch / 1e6 for epoch in range(1, 101)]
-    draw_curves("curves", compare_runs("cartpole"), steps, "mean return of the last 256 episodes")
+    what = "mean return of the last 256 episodes"
+    draw_curves("curves", compare_runs("cartpole", 5), steps, what)
 
 
 def ant_curves() -> None:
     steps = [1024 * 16 * epoch / 1e6 for epoch in range(1, 301)]
     what = "mean return of the last 256 episodes"
-    draw_curves("ant_curves", compare_runs("mujoco-ant"), steps, what)
+    draw_curves("ant_curves", compare_runs("mujoco-ant", 10), steps, what)
 
 
 def states() -> None:
