@@ -4571,6 +4571,73 @@ def make(num_envs, device, seed):
     assert all(torch.isfinite(value).all() for value in state.get("model", {}).values())
 
 
+def test_an_error_inside_the_users_module_is_shown_as_it_is(here):
+    """A traceback belongs to the user there. What the module inserts into sys.path stays."""
+    Path("broken.py").write_text("import math\nmath.no_such_thing\ndef make(**_): pass\n")
+    _, err = forked("--env-id", "broken:make", cwd=here, code=1)
+    assert "AttributeError: module 'math' has no attribute 'no_such_thing'" in err
+    os.mkdir("helpers")
+    Path("helpers/my_helper.py").write_text("from train_ppo import Cartpole\n")
+    Path("my_env.py").write_text(
+        """
+import sys
+sys.path.insert(0, "helpers")
+def make(num_envs, device, seed):
+    import my_helper
+    return my_helper.Cartpole(num_envs, device)
+"""
+    )
+    forked(*SMALL, "--env-id", "my_env:make", "--experiment", "r", cwd=here)
+    os.symlink("nowhere", "dangling")
+    _, err = forked(*SMALL, "--train-dir", "dangling", cwd=here, code=2)
+    assert err.startswith("error: dangling cannot be trained in") and err.count("\n") == 1
+
+
+def test_an_odd_info_is_named_once(here, capsys, monkeypatch):
+    """The others are logged all the same."""
+    step = Cartpole.step
+
+    def odd_step(self, actions):
+        obs, reward, done, infos = step(self, actions)
+        return obs, reward, done, {**infos, "note": "text", 3: 1.5, "good": 2.0}
+
+    monkeypatch.setattr(Cartpole, "step", odd_step)
+    main([*SMALL, "--experiment", "r"])
+    err = capsys.readouterr().err
+    assert err == "warning: infos: note is a str, so it is not logged\n"
+    curves = scalars("runs/r")
+    assert curves["good/iter"][0][1] == 2.0 and curves["3/iter"][0][1] == 1.5
+
+
+@pytest.mark.parametrize("limit", ["None", "np.float64(40)", "'long'", "torch.ones(32)"])
+def test_odd_limits_of_episodes(limit, here):
+    """None means unknown, any number will do, all else is one line."""
+    Path("my_env.py").write_text(
+        f"""
+import numpy as np, torch
+from train_ppo import Cartpole
+class Mine(Cartpole):
+    def __init__(self, num_envs, device):
+        super().__init__(num_envs, device)
+        self.max_episode_length = 500
+    def step(self, actions):
+        self.max_episode_length = 500
+        result = super().step(actions)
+        self.max_episode_length = {limit}
+        return result
+def make(num_envs, device, seed):
+    env = Mine(num_envs, device)
+    env.max_episode_length = {limit}
+    return env
+"""
+    )
+    good = limit in ("None", "np.float64(40)")
+    flags = ["--env-id", "my_env:make", "--experiment", "r"]
+    _, err = forked(*SMALL, *flags, cwd=here, code=0 if good else 2)
+    assert good or err.startswith("error: the env's max_episode_length must be a number, not ")
+    assert err.count("\n") <= 1
+
+
 def test_other_peoples_files_behind_a_link_stay(here):
     """A symlinked nn/ may hold what another run is about to rename."""
     main([*SMALL, "--experiment", "r"])

@@ -753,8 +753,8 @@ def make_factory_env(args: Args, device: torch.device):
         value = getattr(env, name, "missing")
         if not isinstance(value, (int, np.integer)) or value < 1:
             raise UserError(f"the env's {name} must be a positive int, not {value!r}")
-    limit = getattr(env, "max_episode_length", None) or 1
-    if not isinstance(limit, (int, float, np.number)) or not limit >= 1:
+    limit = getattr(env, "max_episode_length", None)
+    if limit is not None and not (isinstance(limit, (int, float, np.number)) and limit >= 1):
         raise UserError(f"the env's max_episode_length must be a number, not {limit!r:.40}")
     if env.num_envs != args.num_envs:
         raise UserError(f"the env has num_envs {env.num_envs}, but {args.num_envs} were asked for")
@@ -1953,8 +1953,7 @@ def report(agent: PPOAgent) -> None:
 
 
 # Arguments that a checkpoint does not pass on: they say what this start of the program is for.
-NOT_INHERITED = set("checkpoint init_from resume play json device experiment train_dir".split())
-NOT_INHERITED.add("torch_threads")
+OWN_ARGS = "checkpoint init_from resume play json device experiment train_dir torch_threads".split()
 NETWORK_ARGS = "units critic_units activation separate normalize_input normalize_value".split()
 
 
@@ -1977,7 +1976,7 @@ def parse_args(argv: Optional[Sequence[str]] = None):
 
 def inherited_args(first: Args, path: str, state: Dict[str, Any]) -> Dict[str, Any]:
     """The checkpoint's arguments. It chooses no code: module:factory must come from a flag."""
-    names = vars(first).keys() - NOT_INHERITED if first.checkpoint else NETWORK_ARGS
+    names = vars(first).keys() - set(OWN_ARGS) if first.checkpoint else NETWORK_ARGS
     found = checked({k: v for k, v in state["args"].items() if k in names}, path)
     env_id = found.get("env_id", "")
     if ":" in env_id and first.env_id == Args.env_id:
