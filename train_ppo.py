@@ -1243,8 +1243,8 @@ class WandbAlgoObserver(AlgoObserver):
             warn(f"W&B failed to start: {first_line(exc)}; {then}")
             self.in_time(self.wandb.teardown, 2)  # a failed start would spoil the next one
             self.run = self.wandb.init(**about, mode="offline")
-        with contextlib.suppress(Exception):
-            self.run.log_code(os.path.join(run_dir, "code"), include_fn=lambda path: True)
+        folder = os.path.join(run_dir, "code")
+        self.in_time(lambda: self.run.log_code(folder, include_fn=lambda _: True), self.patience)
 
     def after_print_stats(self, frame, epoch_num, total_time) -> None:
         if self.run is None:
@@ -1532,9 +1532,11 @@ def load_checkpoint(path: str) -> Dict[str, Any]:
         raise UserError(f"{path} is not a file")
     with reading(path), open(path, "rb") as file:
         archive = zipfile.ZipFile(file)
-        # A bomb: torch neither compresses parts nor lets them overlap.
-        if sum(part.file_size for part in archive.infolist()) > os.path.getsize(path):
-            raise ValueError("it unfolds to more than its size")
+        parts = archive.infolist()
+        # Compressed, or marked as a folder, which torch 2.4 would read as whatever is in memory.
+        odd = any(part.compress_type or part.external_attr & 0x10 for part in parts)
+        if odd or sum(part.file_size for part in parts) > os.path.getsize(path):  # they overlap
+            raise ValueError("torch did not write it like this")
         damaged = archive.testzip()  # torch.load ignores the checksums
         if damaged:
             raise ValueError(f"{damaged} does not match its checksum")
