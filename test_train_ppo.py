@@ -1899,7 +1899,7 @@ def make(num_envs, device, seed):
     err = capsys.readouterr().err
     assert exit.value.code == 2 and err.count("\n") == 1, err
     found = {"missing": "not NoneType", "shape": "not shape (512, 4)"}[what]
-    assert "reset()['states'] must be a tensor of shape (512, 3)" in err and found in err
+    assert "reset()['states'] must be a dense tensor of shape (512, 3)" in err and found in err
 
 
 # ------------------------------------------------------------------------------------- environments
@@ -2573,6 +2573,10 @@ def no_acts_env(num_envs, device, seed):
     return env
 
 
+def positional_env(count, where):
+    """Not what make_env calls."""
+
+
 def wide_reset_env(num_envs, device, seed):
     return Env(num_envs, device, seed, reset=lambda: {"obs": torch.zeros(num_envs, 7)})
 
@@ -2586,12 +2590,16 @@ BAD = [
     (["--env-id", "no_such_module:f"], "no_such_module"),
     (["--env-id", ":f"], "--env-id :f"),
     (["--env-id", "../x:f"], "--env-id ../x:f"),
-    (["--env-id", f"{__name__}:nothing"], "has no function nothing"),
+    (
+        ["--env-id", f"{__name__}:nothing"],
+        "nothing must be a function of num_envs, device and seed",
+    ),
+    (["--env-id", f"{__name__}:positional_env"], "positional_env must be a function of num_envs"),
     (["--env-id", f"{__name__}:no_acts_env"], "num_acts must be a positive int, not None"),
     (["--env-id", f"{__name__}:wrong_count_env"], "num_envs 33, but 32 were asked for"),
     (
         ["--env-id", f"{__name__}:wide_reset_env"],
-        "reset()['obs'] must be a tensor of shape (32, 2), not shape (32, 7)",
+        "reset()['obs'] must be a dense tensor of shape (32, 2), not shape (32, 7)",
     ),
     (["--experiment", "a/b"], "--experiment a/b must be a plain name"),
     (["--train-dir", "text.pth"], "error: text.pth"),
@@ -2616,17 +2624,29 @@ BAD = [
     (["--checkpoint", "compressed.pth"], "compressed.pth"),
     (["--checkpoint", "empty.pth"], "empty.pth"),
     (["--checkpoint", "text.pth"], "text.pth"),
-    (["--checkpoint", "other.pth"], "other.pth is not a checkpoint of train_ppo.py"),
+    (
+        ["--checkpoint", "other.pth"],
+        "other.pth cannot be used: it is not a checkpoint of train_ppo.py",
+    ),
     (["--checkpoint", "list.pth"], "list.pth"),
     (["--checkpoint", "code.pth"], "more than tensors, numbers and text is in it"),
     (["--checkpoint", "theirs.pth"], f"{CONVERT} theirs.pth ours.pth"),
     (["--play", "--checkpoint", "theirs2.pth"], f"{CONVERT} theirs2.pth ours.pth"),
     (["--init-from", "theirs.pth"], f"{CONVERT} theirs.pth ours.pth"),
     (["--checkpoint", "newer.pth"], "format 99"),
-    (["--checkpoint", "runs/r", *GOOD_ENV, *MORE], "runs/r/nn/last.pth does not fit"),
-    (["--play", "--checkpoint", "runs/r", *GOOD_ENV], "runs/r/nn/last.pth does not fit"),
-    (["--init-from", "runs/r", *GOOD_ENV], "runs/r/nn/last.pth does not fit"),
-    (["--checkpoint", "runs/r", "--units", "8", *MORE], "runs/r/nn/last.pth does not fit"),
+    (
+        ["--checkpoint", "runs/r", *GOOD_ENV, *MORE],
+        "runs/r/nn/last.pth cannot be used: it does not fit",
+    ),
+    (
+        ["--play", "--checkpoint", "runs/r", *GOOD_ENV],
+        "runs/r/nn/last.pth cannot be used: it does not fit",
+    ),
+    (["--init-from", "runs/r", *GOOD_ENV], "runs/r/nn/last.pth cannot be used: it does not fit"),
+    (
+        ["--checkpoint", "runs/r", "--units", "8", *MORE],
+        "runs/r/nn/last.pth cannot be used: it does not fit",
+    ),
     (["--checkpoint", "runs/r", "--init-from", "runs/r", *MORE], "give one of them"),
     (
         ["--checkpoint", "runs/r", "--experiment", "new", *MORE],
@@ -2680,23 +2700,31 @@ def test_unknown_flags_are_named(capsys):
 WRONG_STEPS = {
     "wide reward": (
         lambda o, r, d, i: (o, r.unsqueeze(1), d, i),
-        "step()'s reward must be a tensor of shape (32,), not shape (32, 1)",
+        "step()'s reward must be a dense tensor of shape (32,), not shape (32, 1)",
     ),
     "list done": (
         lambda o, r, d, i: (o, r, d.tolist(), i),
-        "step()'s done must be a tensor of shape (32,), not list",
+        "step()'s done must be a dense tensor of shape (32,), not list",
     ),
     "wide obs": (
         lambda o, r, d, i: ({"obs": torch.zeros(32, 7)}, r, d, i),
-        "step()[0]['obs'] must be a tensor of shape (32, 2), not shape (32, 7)",
+        "step()[0]['obs'] must be a dense tensor of shape (32, 2), not shape (32, 7)",
     ),
     "bare obs": (
         lambda o, r, d, i: (o["obs"], r, d, i),
-        "step()[0]['obs'] must be a tensor of shape (32, 2), not NoneType",
+        "step()[0]['obs'] must be a dense tensor of shape (32, 2), not NoneType",
     ),
     "few time_outs": (
         lambda o, r, d, i: (o, r, d, {"time_outs": d[:3]}),
-        "infos['time_outs'] must be a tensor of shape (32,), not shape (3,)",
+        "infos['time_outs'] must be a dense tensor of shape (32,), not shape (3,)",
+    ),
+    "sparse reward": (
+        lambda o, r, d, i: (o, r.to_sparse(), d, i),
+        "step()'s reward must be a dense tensor of shape (32,), not Tensor",
+    ),
+    "obs without numbers": (
+        lambda o, r, d, i: ({"obs": o["obs"].to("meta")}, r, d, i),
+        "step()[0]['obs'] must be a dense tensor of shape (32, 2), not Tensor",
     ),
     "list infos": (lambda o, r, d, i: (o, r, d, []), "infos a dict"),
     "five values": (lambda o, r, d, i: (o, r, d, d, i), "step() must return (obs, reward, done"),
@@ -3172,7 +3200,7 @@ RL_GAMES_REFUSALS = {
     ),
     "another shape": (
         lambda s: s["model"].update({"a2c_network.mu.weight": torch.zeros(2, 5)}),
-        r"theirs.pth does not fit .*: a2c_network.mu.weight is torch.float32 \(2, 5\), but",
+        r"theirs.pth cannot be used: .*: model.a2c_network.mu.weight is torch.float32 \(2, 5\)",
     ),
     "before 1.3": (
         lambda s: s.update(running_mean_std={}),
@@ -3180,7 +3208,7 @@ RL_GAMES_REFUSALS = {
     ),
     "another optimizer": (
         lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
-        r"theirs.pth does not fit .*: Adam's exp_avg of parameter 0 is torch.float32 \(3,\)",
+        r"theirs.pth cannot be used: .*: optimizer.0.exp_avg is torch.float32 \(3,\)",
     ),
     "no frame": (lambda s: s.pop("frame"), f"{NOT_PPO}: it lacks frame"),
     "model a list": (lambda s: s.update(model=[1]), f"{UNFIT}: AttributeError"),
@@ -3756,7 +3784,7 @@ def test_full_disk(here):
     code, err = with_limit(300000, "--checkpoint", "runs/r", "--max-epochs", "9")
     warning, error = err.splitlines()
     assert code == 1 and warning.startswith("warning: ") and error.startswith("error: ")
-    assert "epoch_4.pth cannot be written (File too large); training goes on" in warning
+    assert "runs/r/nn cannot be written (File too large); training goes on" in warning
     assert "runs/r/nn/last.pth cannot be written (File too large): epoch 9" in error
     assert snapshot("runs/r/nn") == before
     main(["--checkpoint", "runs/r", "--max-epochs", "4"])
@@ -3884,9 +3912,9 @@ def test_bad_numbers_stop_training_and_spoil_nothing(here, monkeypatch, capsys, 
     error = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 1 and error.endswith("epoch 8")
     messages = {
-        "observations": "NaN or Inf in obs of 3 of 32 envs at step 4 of the rollout",
-        "observations after the last step": "NaN or Inf in obs of 3 of 32 envs at step 9",
-        "rewards": "NaN or Inf in rewards of 3 of 32 envs at step 3 of the rollout",
+        "observations": "NaN or Inf in obs of 3 of 32 envs in the rollout",
+        "observations after the last step": "NaN or Inf in the last obs of 3 of 32 envs",
+        "rewards": "NaN or Inf in rewards of 3 of 32 envs in the rollout",
         "a_loss": "NaN or Inf in the a_loss of the update",
     }
     assert error.startswith(f"error: {messages[what]}")
@@ -4151,9 +4179,9 @@ def test_a_process_that_dies_or_goes_bad_ends_the_others(here):
     assert err == "error: another process has ended, so number 0 stops too\n"
     (code, _, err), (other_code, _, other_err) = processes(2, *flags, "bad", trouble="nan")
     assert (code, other_code) == (1, 1)
-    assert err == "error: NaN or Inf in another process, so number 0 stops too\n"
+    assert err.startswith("error: NaN or Inf in ") and " of 0 of 16 envs in the rollout" in err
     assert other_err.count("\n") == 1
-    assert "error: NaN or Inf in rewards of 1 of 16 envs at step 1 of the rollout" in other_err
+    assert "error: NaN or Inf in obs of 1 of 16 envs in the rollout" in other_err
     assert os.listdir("runs/bad/nn") == ["last.pth"]
     state = load_checkpoint("runs/bad/nn/last.pth")
     assert state["epoch"] == 3, "what was learned before is there"

@@ -28,6 +28,7 @@ import errno
 import functools
 import glob
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -47,7 +48,6 @@ import typing
 import urllib.request
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
-from types import SimpleNamespace
 from typing import Any, Callable, Dict, List, Literal, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -490,7 +490,6 @@ class PPOAgent:
         self.frames_per_epoch = args.num_steps * env.num_envs * WORLD_SIZE
         self.total_time = 0.0  # seconds of training
         self.mean_rewards = -math.inf  # of the last games_to_track episodes
-        self.score = -math.inf  # what best.pth goes by: the mean reward or best_metric
         self.last_mean_rewards = -math.inf  # the best score so far, by rl_games' name for it
         self.best_epoch = 0
         self.stop_signal = 0  # the number of the signal that asked to stop after this epoch
@@ -524,7 +523,7 @@ class PPOAgent:
         self.whole_epoch: Optional[int] = 0  # the epoch that the weights completed; None amid one
         self.time_outs_seen = False
         self.policy_metadata = policy_metadata(env)
-        self.save_failed = False
+        self.wandb_run_id = ""
 
     def train(self) -> None:
         """Train until max_epochs or a stop signal."""
@@ -557,11 +556,12 @@ class PPOAgent:
             self.total_time += epoch_time
             self.frame += self.frames_per_epoch
             self.whole_epoch = self.epoch_num
-            log_epoch(self, figures, step_time, play_time, epoch_time)
-            save_checkpoints(self, figures)
+            score = log_epoch(self, figures, step_time, play_time, epoch_time)
+            save_checkpoints(self, score, figures["finished"])
 
     def open(self, run_dir: str, wandb_run_id: str) -> None:
         """Get ready to write into run_dir. `config` is what observers expect under this name."""
+        self.wandb_run_id = wandb_run_id
         self.config = dict(asdict(self.args), run_dir=run_dir, wandb_run_id=wandb_run_id)
         self.config["name"] = os.path.basename(run_dir)
         self.config.update({name: self.config[ours] for name, ours in RL_GAMES_NAMES.items()})
@@ -727,9 +727,9 @@ def make_env(args: Args):
     import isaacgymenvs
 
     cfg = compose_isaacgym_config(args, args.num_envs)
-    settings = {name: cfg[name] for name in ("sim_device", "rl_device", "headless")}
-    settings.update(graphics_device_id=cfg.graphics_device_id, force_render=not args.headless)
-    return isaacgymenvs.make(args.seed, args.env_id, args.num_envs, **settings, cfg=cfg)
+    names = ("sim_device", "rl_device", "graphics_device_id", "headless")
+    settings = dict({name: cfg[name] for name in names}, force_render=not args.headless, cfg=cfg)
+    return isaacgymenvs.make(args.seed, args.env_id, args.num_envs, **settings)
 
 
 def import_env_module(env_id: str):
@@ -744,11 +744,15 @@ def import_env_module(env_id: str):
 
 def make_factory_env(args: Args, device: torch.device):
     """The env of --env-id module:factory. UserError if it breaks the contract above."""
-    module = import_env_module(args.env_id)
-    factory = args.env_id.partition(":")[2]
-    if not callable(getattr(module, factory, None)):
-        raise UserError(f"--env-id {args.env_id}: {module.__name__} has no function {factory}")
-    env = getattr(module, factory)(num_envs=args.num_envs, device=str(device), seed=args.seed)
+    name = args.env_id.partition(":")[2]
+    factory: Any = getattr(import_env_module(args.env_id), name, None)
+    options = dict(num_envs=args.num_envs, device=str(device), seed=args.seed)
+    try:
+        inspect.signature(factory).bind(**options)
+    except TypeError as exc:  # None, too, if there is no such name
+        what = f"{name} must be a function of num_envs, device and seed ({exc})"
+        raise UserError(f"--env-id {args.env_id}: {what}") from exc
+    env = factory(**options)
     for name in ("num_envs", "num_obs", "num_acts"):
         value = getattr(env, name, "missing")
         if not isinstance(value, (int, np.integer)) or value < 1:
@@ -790,10 +794,11 @@ def check_obs(obs: Any, what: str, env) -> Tensor:
     return torch.cat((own, states.float()), dim=1)
 
 
-def check_shape(value: Any, what: str, shape: Sequence[int]) -> Tensor:
-    if not isinstance(value, Tensor) or value.shape != tuple(shape):
-        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise UserError(f"the env's {what} must be a tensor of shape {tuple(shape)}, not {found}")
+def check_shape(value: Any, what: str, shape: Tuple[int, ...]) -> Tensor:
+    dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+    if not dense or value.shape != shape:
+        found = f"shape {tuple(value.shape)}" if dense else type(value).__name__
+        raise UserError(f"the env's {what} must be a dense tensor of shape {shape}, not {found}")
     return value
 
 
@@ -968,18 +973,14 @@ class EpisodeMeter:
 
 def check_finite(agent: PPOAgent) -> None:
     """TrainingError before NaN or Inf of a rollout reach the weights; it names what came first."""
-    buffer, steps = agent.buffer, agent.args.num_steps
-    sums = torch.stack([x.sum() for x in (agent.obs, *buffer.values())])  # quicker than looking
-    if average(sums.isfinite().all().float()) == 1.0:
-        return
-    rows = [(t, name, x[t]) for t in range(steps) for name, x in buffer.items()]
-    for t, name, x in [*rows, (steps, "obs", agent.obs)]:
-        bad = int((~x.isfinite()).reshape(len(x), -1).any(1).sum())
-        if bad:
-            what = f"{name} of {bad} of {len(x)} envs at step {t + 1} of the rollout"
-            raise TrainingError(f"NaN or Inf in {what}, epoch {agent.epoch_num}")
-    if WORLD_SIZE > 1:  # else it was only a sum that is too large
-        raise TrainingError(f"NaN or Inf in another process, so number {RANK} stops too")
+    tensors = {**agent.buffer, "the last obs": agent.obs.unsqueeze(0)}
+    sums = torch.stack([x.sum() for x in tensors.values()])  # quicker than looking at each number
+    everywhere = average(sums.isfinite().float()).tolist()
+    for (name, x), share in zip(tensors.items(), everywhere):
+        if share < 1.0:
+            bad = (~x.isfinite()).transpose(0, 1).flatten(1).any(1)  # (E,)
+            what = f"{name} of {int(bad.sum())} of {len(bad)} envs"
+            raise TrainingError(f"NaN or Inf in {what} in the rollout of epoch {agent.epoch_num}")
 
 
 EPISODE_SUMS = ("rewards", "shaped_rewards", "episode_lengths")  # rl_games' names in the log
@@ -1010,39 +1011,37 @@ def collect_figures(agent: PPOAgent, losses: Tensor, batch: Batch) -> Dict[str, 
 
 
 def log_epoch(agent: PPOAgent, figures, step_time: float, play_time: float, epoch_time: float):
-    """Write the epoch's scalars under rl_games' tags, call the observers, draw the console line."""
+    """Write the epoch's scalars under rl_games' tags, call the observers, draw the console line.
+    Returns what best.pth goes by, the mean reward or best_metric; nan if it is not known."""
     if RANK != 0:
-        return
-    args, epoch, frame = agent.args, agent.epoch_num, agent.frame
-    write = agent.writer.add_scalar
+        return math.nan
+    args, epoch, frame, writer = agent.args, agent.epoch_num, agent.frame, agent.writer
     rates = [agent.frames_per_epoch / max(t, 1e-9) for t in (step_time, play_time, epoch_time)]
     for name, rate in zip(("step", "step_inference", "step_inference_rl_update"), rates):
-        write(f"performance/{name}_fps", rate, frame)
-    write("performance/step_time", step_time, frame)
-    write("performance/step_inference_time", play_time, frame)
-    write("performance/rl_update_time", epoch_time - play_time, frame)
+        writer.add_scalar(f"performance/{name}_fps", rate, frame)
+    writer.add_scalar("performance/step_time", step_time, frame)
+    writer.add_scalar("performance/step_inference_time", play_time, frame)
+    writer.add_scalar("performance/rl_update_time", epoch_time - play_time, frame)
     for name in (*LOSSES, "explained_variance"):
-        write(f"losses/{name}", figures[name], frame)
+        writer.add_scalar(f"losses/{name}", figures[name], frame)
     info = dict(last_lr=figures["lr"], lr_mul=1.0, e_clip=args.clip_coef, kl=figures["kl"])
     for name, value in dict(info, epochs=epoch).items():
-        write(f"info/{name}", value, frame)
-    for name in EPISODE_SUMS if figures["finished"] else ():
-        for axis, step in (("step", frame), ("iter", epoch), ("time", agent.total_time)):
-            write(f"{name}/{axis}", figures[name], step)
-    agent.algo_observer.after_print_stats(frame, epoch, agent.total_time)
-    scalars = agent.writer.scalars
-    if not args.best_metric:
-        agent.score = agent.mean_rewards
-    elif figures["finished"]:
-        if args.best_metric not in scalars and agent.score == -math.inf:  # the first time
-            tags = [x for x in scalars if not x.startswith(("performance/", "losses/", "info/"))]
-            warn(f"--best-metric {args.best_metric} is not logged: {', '.join(tags)} are")
-        agent.score = scalars.get(args.best_metric, math.nan)  # nan is never the best
-    agent.writer.end_epoch()
-
-    done = "no episode finished yet"
+        writer.add_scalar(f"info/{name}", value, frame)
+    score, done = math.nan, "no episode finished yet"
     if figures["finished"]:
-        done = f"reward {figures['rewards']:.2f} length {figures['episode_lengths']:.1f}"
+        for name in EPISODE_SUMS:
+            writer.add_on_axes(name, figures[name], step=frame, iter=epoch, time=agent.total_time)
+        score = agent.mean_rewards
+        done = f"reward {score:.2f} length {figures['episode_lengths']:.1f}"
+    agent.algo_observer.after_print_stats(frame, epoch, agent.total_time)
+    if args.best_metric:
+        score = writer.scalars.get(args.best_metric, math.nan)
+        if math.isnan(score) and figures["finished"] and agent.best_epoch == 0:
+            ours = ("performance/", "losses/", "info/")
+            tags = ", ".join(tag for tag in writer.scalars if not tag.startswith(ours))
+            warn(f"--best-metric {args.best_metric} is not logged: {tags} are")
+    writer.end_epoch()
+
     left = int(epoch_time * (args.max_epochs - epoch))
     left = f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
     fps = "fps " + "/".join(f"{rate / 1000:.0f}k" for rate in rates)
@@ -1050,8 +1049,8 @@ def log_epoch(agent: PPOAgent, figures, step_time: float, play_time: float, epoc
     log(f"epoch {epoch}/{args.max_epochs}", done, left, lr, fps, f"frames {frame:,}", live=True)
     limit = agent.max_episode_length or math.inf
     if not agent.time_outs_seen and (agent.episodes.finished[:, 2] >= limit - 1).any():
-        agent.time_outs_seen = True  # say it once
         warn("without infos['time_outs'], episodes cut at max_episode_length count as failed")
+    return score
 
 
 class Writer(SummaryWriter):
@@ -1066,20 +1065,23 @@ class Writer(SummaryWriter):
         rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
         self.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *rows]))
         self.scalars: Dict[str, float] = {}
-        self.steps: Dict[int, List[Summary.Value]] = {}
-        self.works = True
+        self.steps: Dict[int, List[Summary.Value]] = collections.defaultdict(list)
 
     def add_scalar(self, tag, scalar_value, global_step=None, *args, **kwargs) -> None:
         self.scalars[tag] = float(scalar_value)
         value = Summary.Value(tag=tag, simple_value=self.scalars[tag])
-        self.steps.setdefault(int(global_step or 0), []).append(value)
+        self.steps[int(global_step or 0)].append(value)
+
+    def add_on_axes(self, name: str, value: float, **steps: float) -> None:
+        """A scalar over several x-axes: one tag for each."""
+        for axis, step in steps.items():
+            self.add_scalar(f"{name}/{axis}", value, step)
 
     def end_epoch(self) -> None:
         try:
-            for step, values in self.steps.items() if self.works else ():
+            for step, values in self.steps.items():
                 self.file_writer.add_summary(Summary(value=values), step)
         except Exception as exc:  # a full disk, for example, stops the curve but not training
-            self.works = False
             warn(f"TensorBoard's events cannot be written ({exc}): training goes on")
         self.steps.clear()
         self.scalars.clear()
@@ -1129,7 +1131,7 @@ class RLGPUAlgoObserver(AlgoObserver):
 
     def after_init(self, algo) -> None:
         super().after_init(algo)
-        self.sums = collections.defaultdict(list)  # tag -> (sum, count) of each step
+        self.totals: Dict[str, List[Any]] = collections.defaultdict(lambda: [0.0, 0])  # sum, count
         self.steps = collections.defaultdict(list)  # episode_cumulative's key -> (value, dones) ...
         size = (len(algo.dones), algo.games_to_track, 1, algo.device)
         self.meters = collections.defaultdict(lambda: EpisodeMeter(*size))
@@ -1139,44 +1141,42 @@ class RLGPUAlgoObserver(AlgoObserver):
         for key, value in cumulative.items() if isinstance(cumulative, dict) else ():
             if isinstance(value, Tensor) and value.shape == self.algo.dones.shape:
                 value = value.to(self.algo.device, torch.float32, copy=True)
-                self.steps[key].append((value, self.algo.dones.bool()))
+                self.steps[key].append((value, self.algo.dones))
         self.add({key: value for key, value in infos.items() if key != "episode_cumulative"}, "")
 
     def add(self, infos: Dict[str, Any], prefix: str) -> None:
         for key, value in infos.items():
+            tag = f"{prefix}{key}"
             if isinstance(value, dict):
-                self.add(value, "Episode/" if f"{prefix}{key}" == "episode" else f"{prefix}{key}/")
-            elif isinstance(value, (int, float, np.number)):  # summed up here, not on the GPU
-                self.sums[f"{prefix}{key}"].append((float(value), 1))
-            elif isinstance(value, Tensor) and (value.dim() == 0 or prefix == "Episode/"):
-                value = value.to(self.algo.device).detach().float()
-                self.sums[f"{prefix}{key}"].append((value.sum(), value.numel()))
+                self.add(value, "Episode/" if tag == "episode" else f"{tag}/")
+            elif isinstance(value, (int, float, np.number)):
+                self.count(tag, float(value), 1)
             elif not isinstance(value, Tensor):
-                warn_once(f"infos: {prefix}{key} is a {type(value).__name__}, so it is not logged")
+                warn(f"infos: {tag} is a {type(value).__name__}, so it is not logged")
+            elif value.dim() == 0 or prefix == "Episode/":
+                value = value.detach().to(self.algo.device, torch.float32)
+                self.count(tag, value.sum(), value.numel())
+
+    def count(self, tag: str, total: Any, n: int) -> None:
+        self.totals[tag] = [self.totals[tag][0] + total, self.totals[tag][1] + n]
 
     def after_steps(self) -> None:
         """Bring together what the environments of all processes have reported."""
         if WORLD_SIZE > 1:
             everyone: List[Any] = [None] * WORLD_SIZE
-            together(dist.all_gather_object, everyone, self.totals())
+            mine = {tag: (float(total), n) for tag, (total, n) in self.totals.items()}
+            together(dist.all_gather_object, everyone, mine)
+            self.totals.clear()
             if RANK != 0:  # only rank 0 logs, so nothing may pile up here
-                self.steps.clear()
-                return
+                return self.steps.clear()
             for totals in everyone:
-                for tag, total in totals.items():
-                    self.sums[tag].append(total)
-
-    def totals(self) -> Dict[str, Tuple[float, int]]:
-        """Sum and count of each tag since the last call, in one transfer from the device."""
-        pairs = {tag: [sum(column) for column in zip(*steps)] for tag, steps in self.sums.items()}
-        self.sums.clear()
-        sums = [torch.as_tensor(total, device=self.algo.device) for total, _ in pairs.values()]
-        sums = torch.stack(sums).tolist() if sums else []
-        return {tag: (total, n) for total, (tag, (_, n)) in zip(sums, pairs.items())}
+                for tag, (total, n) in totals.items():
+                    self.count(tag, total, n)
 
     def figures(self) -> Dict[str, float]:
         """What the environments have reported since the last call, by tag without its axis."""
-        found = {tag: total / n for tag, (total, n) in self.totals().items() if n}
+        found = {tag: float(total) / n for tag, (total, n) in self.totals.items() if n}
+        self.totals.clear()
         for key, steps in self.steps.items():
             values, dones = (torch.stack(x) for x in zip(*steps))
             meter, before = self.meters[key], self.meters[key].count
@@ -1189,15 +1189,13 @@ class RLGPUAlgoObserver(AlgoObserver):
         return found
 
     def after_print_stats(self, frame, epoch_num, total_time) -> None:
-        axes = dict(frame=frame, iter=epoch_num, time=total_time)
         for tag, value in self.figures().items():
             if tag.startswith("Episode/"):
                 self.writer.add_scalar(tag, value, epoch_num)
             elif tag.startswith("episode_cumulative"):
                 self.writer.add_scalar(tag, value, frame)
             else:
-                for axis, step in axes.items():
-                    self.writer.add_scalar(f"{tag}/{axis}", value, step)
+                self.writer.add_on_axes(tag, value, frame=frame, iter=epoch_num, time=total_time)
 
     def state_dict(self) -> Dict[str, Any]:
         return {key: [m.running, m.finished, m.count] for key, m in self.meters.items()}
@@ -1216,11 +1214,11 @@ class WandbAlgoObserver(AlgoObserver):
     `step=` would drop points of a continued run, so define_metric names each tag's x-axis."""
 
     patience = 20  # seconds for the server's first answer, and for the rest at the end
+    run: Any = None
+    defined: frozenset = frozenset()  # tags whose x-axis W&B knows
 
     def __init__(self, args: Args):
         self.args = args
-        self.run: Any = None
-        self.defined: set = set()  # tags whose x-axis W&B knows
 
     def before_init(self, base_name, config, experiment_name) -> None:
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "60")  # seconds
@@ -1250,29 +1248,31 @@ class WandbAlgoObserver(AlgoObserver):
         if self.run is None:
             return
         axes = dict(global_step=frame, epoch=epoch_num, time=total_time)
+        values = {**self.writer.scalars, **axes}
         try:
-            for tag in {*self.writer.scalars, *axes} - self.defined:
+            for tag in values.keys() - self.defined:
                 axis = dict(iter="epoch", time="time").get(tag.rsplit("/", 1)[-1], "global_step")
                 self.run.define_metric(tag, step_metric=None if tag in axes else axis)
-                self.defined.add(tag)
-            self.run.log({**self.writer.scalars, **axes})
+            self.defined |= values.keys()
+            self.run.log(values)
         except Exception as exc:
             self.give_up(f"failed ({exc}): training goes on without it")
 
     def close(self) -> None:
-        try:
-            if self.run is not None:
+        if self.run is not None:
+            try:
                 self.in_time(self.finish, self.patience)
-        finally:  # also if Ctrl-C cuts the waiting short
-            if self.run is not None:
-                self.give_up("did not take everything in time")
+            finally:  # also if Ctrl-C cuts the waiting short
+                if self.run is not None:
+                    self.give_up("did not take everything in time")
 
     def finish(self) -> None:
-        algo, summary = self.algo, {"stop_reason": stop_reason(self.algo)}
+        algo = self.algo
+        self.run.summary["stop_reason"] = stop_reason(algo)
         if algo.best_epoch:
-            summary.update(best_reward=algo.last_mean_rewards, best_epoch=algo.best_epoch)
-            summary["best_metric"] = algo.args.best_metric or "mean reward"
-        self.run.summary.update(summary)
+            best = dict(best_reward=algo.last_mean_rewards, best_epoch=algo.best_epoch)
+            best["best_metric"] = self.args.best_metric or "mean reward"
+            self.run.summary.update(best)
         # W&B <= 0.24 writes its file in blocks of 32 KiB. Repeating the config, 1 KiB or more,
         # pushes the last rows out before the server is waited for.
         for _ in range(32):
@@ -1358,13 +1358,12 @@ class MultiObserver(AlgoObserver):
 # dicts, so that it loads with weights_only=True, which runs no code.
 
 FORMAT_VERSION = 2
-COUNTERS = dict(frame=int, total_time=float, last_mean_rewards=float, best_epoch=int)
-KINDS = dict(COUNTERS, epoch=int, args=dict, wandb_run_id=str, observers=list)
+COUNTERS = ("frame", "total_time", "last_mean_rewards", "best_epoch")
 CONVERT = "if it is rl_games', convert it: python tools/from_rl_games.py {} ours.pth"
 
 
-def agent_state(agent: PPOAgent) -> Dict[str, Any]:
-    """All that the run is, as a checkpoint keeps it."""
+def agent_state(agent: PPOAgent, with_env: bool = True) -> Dict[str, Any]:
+    """All that the run is, as a checkpoint keeps it; with_env: the state of the simulation too."""
     env, episodes, optimizer = agent.env, agent.episodes, agent.optimizer.state_dict()
     for group in optimizer["param_groups"]:
         group.update(lr=float(agent.lr), fused=None)  # as rl_games has them
@@ -1377,33 +1376,57 @@ def agent_state(agent: PPOAgent) -> Dict[str, Any]:
     if agent.num_states:
         state["num_states"] = agent.num_states
     state["clip_obs"] = float(getattr(env, "clip_obs", None) or math.inf)
-    state["env_state"] = env.get_env_state() if hasattr(env, "get_env_state") else None
+    with_env = with_env and hasattr(env, "get_env_state")
+    state["env_state"] = env.get_env_state() if with_env else None
     state["rng"] = dict(torch=torch.get_rng_state(), cuda=cuda)
     state["episodes"] = [episodes.running, episodes.finished, episodes.count]
     state.update(obs=agent.obs, dones=agent.dones, observers=agent.algo_observer.state_dict())
-    state.update(first_epoch=agent.first_epoch, wandb_run_id=agent.config["wandb_run_id"])
+    state.update(first_epoch=agent.first_epoch, wandb_run_id=agent.wandb_run_id)
     return plain(state)
 
 
+def plain(value: Any) -> Any:
+    """A copy of `value` made of what a checkpoint may hold; numpy becomes torch and Python."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().as_subclass(Tensor)
+    if isinstance(value, np.ndarray):
+        return torch.tensor(value)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
+
+
+def check_like(found: Any, expected: Any, name: str) -> None:
+    """UserError unless `found` has the keys, types and shapes of `expected`: Adam's moments of
+    another shape, for example, would crash Python."""
+
+    def kind(x: Any) -> str:
+        if isinstance(x, Tensor):
+            return f"{x.dtype} {tuple(x.shape)}"
+        return "missing" if x is None else "nan" if x != x else type(x).__name__
+
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in {**expected, **found}:
+            check_like(found.get(key), expected.get(key), f"{name}.{key}")
+    elif kind(found) != kind(expected):
+        what = f"{name} is {kind(found)}, but should be {kind(expected)}"
+        raise UserError(f"it does not fit the env or the network: {what}")
+
+
 def load_weights(model: ActorCritic, state: Dict[str, Any], path: str) -> None:
-    """Take over weights and statistics. UserError unless all tensors of the checkpoint, Adam's too,
-    are such as a run of this model would save; moments of another shape would crash Python."""
+    """Take over weights and statistics, if they and Adam's moments are those of such a model."""
     with reading(path):
-        expected, found = dict(model.state_dict()), dict(state["model"])
-        saved = state["optimizer"]["state"]
+        check_like(state["model"], dict(model.state_dict()), "model")
+        moments = state["optimizer"]["state"]
         for i, parameter in enumerate(model.parameters()):
-            moments = dict(step=torch.zeros(()), exp_avg=parameter, exp_avg_sq=parameter)
-            for name, value in moments.items() if i in saved else ():
-                expected[f"Adam's {name} of parameter {i}"] = value
-                # The number of steps was an int in older versions of torch.
-                theirs = torch.tensor(float(saved[i][name])) if name == "step" else saved[i][name]
-                found[f"Adam's {name} of parameter {i}"] = theirs
-        for name in (*expected, *found):
-            sides = [side.get(name) for side in (found, expected)]
-            kinds = ["missing" if x is None else f"{x.dtype} {tuple(x.shape)}" for x in sides]
-            if kinds[0] != kinds[1]:
-                what = f"{name} is {kinds[0]}, but should be {kinds[1]}"
-                raise UserError(f"{path} does not fit the env or the network: {what}")
+            fresh = dict(step=torch.zeros(()), exp_avg=parameter, exp_avg_sq=parameter)
+            check_like(moments.get(i, fresh), fresh, f"optimizer.{i}")
         model.load_state_dict(state["model"])
 
 
@@ -1412,12 +1435,13 @@ def restore_agent(agent: PPOAgent, state: Dict[str, Any], path: str) -> bool:
     load_weights(agent.model, state, path)
     with reading(path):
         # How a step is computed is for this run to say; what was gathered so far is in `state`.
-        ours, theirs = agent.optimizer.state_dict(), state["optimizer"]
-        agent.optimizer.load_state_dict({**ours, "state": theirs["state"]})
+        adam = state["optimizer"]
+        agent.optimizer.load_state_dict({**agent.optimizer.state_dict(), "state": adam["state"]})
         agent.optimizer.param_groups[0]["lr"] = agent.lr
         if state["args"].get("learning_rate") in (None, agent.args.learning_rate):  # no new flag
-            agent.lr.fill_(theirs["param_groups"][0]["lr"])
+            agent.lr.fill_(adam["param_groups"][0]["lr"])
         for name in COUNTERS:
+            check_like(state[name], getattr(agent, name), name)
             setattr(agent, name, state[name])
         agent.epoch_num = agent.whole_epoch = state["epoch"]
         if state["args"].get("best_metric", "") != agent.args.best_metric:  # not to be compared
@@ -1448,66 +1472,47 @@ def reading(path: str):
     """Whatever goes wrong with a checkpoint, or with what goes into one, is one line about it."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as exc:
-        reason = f"{type(exc).__name__}: {first_line(exc)}"
+        reason = first_line(exc)
         if isinstance(exc, pickle.UnpicklingError):
             reason = f"more than tensors, numbers and text is in it; {CONVERT.format(path)}"
+        elif not isinstance(exc, UserError):
+            reason = f"{type(exc).__name__}: {reason}"
         raise UserError(f"{path} cannot be used: {reason}") from exc
 
 
-def plain(value: Any) -> Any:
-    """A copy of `value` made of what a checkpoint may hold; numpy becomes torch and Python."""
-    if isinstance(value, Tensor):
-        return value.detach().clone().as_subclass(Tensor)
-    if isinstance(value, np.ndarray):
-        return torch.tensor(value)
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, dict):
-        return {plain(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
-
-
-def save_checkpoints(agent: PPOAgent, figures: Dict[str, float]) -> None:
-    """best.pth and epoch_<N>.pth, if it is time for them."""
+def save_checkpoints(agent: PPOAgent, score: float, finished: float) -> None:
+    """best.pth and epoch_<N>.pth, if it is time for them. finished: episodes in the window."""
     args, epoch = agent.args, agent.epoch_num
     # Short episodes end first. So wait until each environment could have finished one, since they
     # started, and the window is full.
     steps = (epoch - agent.first_epoch) * args.num_steps
-    fair = steps >= agent.max_episode_length and figures["finished"] == args.games_to_track
-    if fair and epoch >= args.save_best_after and agent.score > agent.last_mean_rewards:
+    fair = steps >= agent.max_episode_length and finished == args.games_to_track
+    if fair and epoch >= args.save_best_after and score > agent.last_mean_rewards:
         before = (agent.last_mean_rewards, agent.best_epoch)
-        agent.last_mean_rewards, agent.best_epoch = agent.score, epoch
-        save(agent, "best.pth")
-        if agent.save_failed:  # it is not on disk, so it is still to be beaten
+        agent.last_mean_rewards, agent.best_epoch = score, epoch
+        if not save(agent, "best.pth"):  # it is not on disk, so it is still to be beaten
             agent.last_mean_rewards, agent.best_epoch = before
     if args.save_frequency and epoch % args.save_frequency == 0:
         save(agent, f"epoch_{epoch}.pth")
 
 
-def save(agent: PPOAgent, name: str, final: bool = False) -> None:
-    """Save, or warn: while training goes on there is a next time. At the end: TrainingError."""
+def save(agent: PPOAgent, name: str, with_env: bool = True, final: bool = False) -> bool:
+    """Save, or warn and return False: there is a next time. If it is final: TrainingError."""
     if RANK != 0:
-        return
+        return True
     path = os.path.join(agent.nn_dir, name)
     with contextlib.suppress(Exception):  # TensorBoard's trouble is not the checkpoint's
         agent.writer.flush()  # the curve on disk is never behind the checkpoint
     try:
-        save_checkpoint(agent_state(agent), path)
-        agent.save_failed = False
+        save_checkpoint(agent_state(agent, with_env), path)
     except OSError as exc:
-        what = f"{path} cannot be written ({exc.strerror or exc})"
+        what = f"cannot be written ({exc.strerror or exc})"
         if final:
-            raise TrainingError(f"{what}: epoch {agent.epoch_num} is not on disk") from exc
-        if not agent.save_failed:
-            warn(f"{what}; training goes on, the next save will try again")
-        agent.save_failed = True
+            raise TrainingError(f"{path} {what}: epoch {agent.epoch_num} is not on disk") from exc
+        warn(f"{agent.nn_dir} {what}; training goes on, the next save will try again")
+        return False
+    return True
 
 
 def save_checkpoint(state: Dict[str, Any], path: str) -> None:
@@ -1528,29 +1533,27 @@ def save_checkpoint(state: Dict[str, Any], path: str) -> None:
 
 def load_checkpoint(path: str) -> Dict[str, Any]:
     """Read a checkpoint to the CPU, without running code from it. UserError if it is no good."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path} is not a file")
     with reading(path), open(path, "rb") as file:
         archive = zipfile.ZipFile(file)
         parts = archive.infolist()
         # Compressed, or marked as a folder, which torch 2.4 would read as whatever is in memory.
         odd = any(part.compress_type or part.external_attr & 0x10 for part in parts)
         if odd or sum(part.file_size for part in parts) > os.path.getsize(path):  # they overlap
-            raise ValueError("torch did not write it like this")
+            raise UserError("torch did not write it like this")
         damaged = archive.testzip()  # torch.load ignores the checksums
         if damaged:
-            raise ValueError(f"{damaged} does not match its checksum")
+            raise UserError(f"{damaged} does not match its checksum")
         file.seek(0)
         state = torch.load(file, map_location="cpu", weights_only=True)
         if "format_version" not in state:
-            raise UserError(f"{path} is not a checkpoint of train_ppo.py; {CONVERT.format(path)}")
+            raise UserError(f"it is not a checkpoint of train_ppo.py; {CONVERT.format(path)}")
         if state["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format {state['format_version']} instead of {FORMAT_VERSION}")
-        for key, kind in KINDS.items():
-            if type(state[key]) is not kind or state[key] != state[key]:  # the latter: nan
-                raise TypeError(f"{key} is {state[key]!r:.50}, not {kind.__name__}")
+            raise UserError(f"it has format {state['format_version']} instead of {FORMAT_VERSION}")
+        for name, empty in dict(epoch=0, args={}, wandb_run_id="", observers=[]).items():
+            if type(state[name]) is not type(empty):
+                raise UserError(f"{name} is a {type(state[name]).__name__}")
         if not all(isinstance(entry, list) and len(entry) == 2 for entry in state["observers"]):
-            raise TypeError("observers is not a list of names and states")
+            raise UserError("observers is not a list of names and states")
     return state
 
 
@@ -1558,18 +1561,21 @@ def find_checkpoint(path: str) -> Tuple[str, Dict[str, Any]]:
     """(file, content) of a file, or of a run folder's readable file with the highest epoch."""
     if not os.path.isdir(path):
         return path, load_checkpoint(path)
-    names = [os.path.basename(x) for x in glob.glob(os.path.join(glob.escape(path), "nn", "*.pth"))]
-    numbers = [int(n) for n in re.findall(r"\bepoch_(\d+)\.pth", " ".join(names))]
-    numbered = [f"epoch_{n}.pth" for n in sorted(numbers, reverse=True)]
-    found = []
-    for name in (x for x in ("last.pth", "best.pth", *numbered) if x in names):
+
+    def number(file: str) -> float:
+        digits = re.findall(r"epoch_(\d+)\.pth$", file)
+        return int(digits[0]) if digits else math.inf  # last.pth and best.pth
+
+    pattern = os.path.join(glob.escape(path), "nn", "[lbe]*.pth")
+    found: List[Tuple[str, Dict[str, Any]]] = []
+    for file in sorted(glob.glob(pattern), key=number, reverse=True):
         try:
-            file = os.path.join(path, "nn", name)
             found.append((file, load_checkpoint(file)))
-            if name in numbered:
-                break  # the others are older
         except UserError as exc:
             warn(f"{exc}: skipped")
+            continue
+        if number(file) < math.inf:
+            break  # the others are older
     if not found:
         raise UserError(f"{path} has no readable checkpoint in nn/")
     return max(found, key=lambda item: item[1]["epoch"])
@@ -1602,13 +1608,10 @@ def log(*fields: str, stream=None, live: bool = False) -> None:
         print(*fields, end="" if live and terminal else "\n", file=stream, flush=True)
 
 
-def warn(message: str) -> None:
-    log(f"warning: {message}", stream=sys.stderr)
-
-
 @functools.lru_cache(maxsize=None)
-def warn_once(message: str) -> None:
-    warn(message)
+def warn(message: str) -> None:
+    """Say it once, however often it happens."""
+    log(f"warning: {message}", stream=sys.stderr)
 
 
 def first_line(exc: BaseException) -> str:
@@ -1726,7 +1729,8 @@ def make_run_dir(args: Args) -> str:
             run_dir = os.path.join(args.train_dir, name if n == 1 else f"{name}_{n}")
             os.makedirs(run_dir, exist_ok=args.resume)  # resumed before the first checkpoint
             break
-    os.makedirs(os.path.join(run_dir, "nn"), exist_ok=args.resume)
+    for folder in ("nn", "code"):
+        os.makedirs(os.path.join(run_dir, folder), exist_ok=args.resume)
     return run_dir
 
 
@@ -1737,18 +1741,16 @@ def describe_run(run_dir: str, args: Args, origin: str) -> None:
     about["versions"] = dict(versions, train_ppo=__version__)
     with open(os.path.join(run_dir, "config.json"), "w") as file:
         json.dump(about, file, indent=2)
-    folder = os.path.join(run_dir, "code")
-    os.makedirs(folder, exist_ok=True)
-    for name in (__name__, "__main__", args.env_id.partition(":")[0]):
-        path = getattr(sys.modules.get(name), "__file__", None) or ""
+    for module in (__name__, "__main__", args.env_id.partition(":")[0]):
+        path = getattr(sys.modules.get(module), "__file__", None) or ""
         if path.endswith(".py") and os.path.isfile(path):
-            shutil.copy(path, folder)
+            shutil.copy(path, os.path.join(run_dir, "code"))
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
+    options = dict(stderr=subprocess.DEVNULL, timeout=10)
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        options = dict(stderr=subprocess.DEVNULL, timeout=10)
         commit = subprocess.check_output([*git, "rev-parse", "HEAD"], **options)
         diff = subprocess.check_output([*git, "diff", "HEAD"], **options)
-        with open(os.path.join(folder, "git.diff"), "wb") as file:
+        with open(os.path.join(run_dir, "code", "git.diff"), "wb") as file:
             file.write(b"since commit " + commit + diff[: 10**7])  # bytes
 
 
@@ -1757,12 +1759,9 @@ class Runner:
 
     def __init__(self, args: Args, observer: MultiObserver, path: str = "", state=None):
         self.args = args
+        self.observer = observer
         self.path = path
         self.state = state
-        self.observer = observer
-        if RANK != 0:  # there the environments' reports are gathered, and nothing else
-            ours = [x for x in observer.observers if isinstance(x, RLGPUAlgoObserver)]
-            self.observer = MultiObserver(ours)
 
     def run(self) -> Dict[str, Any]:
         """Returns the figures of play, or of training."""
@@ -1798,7 +1797,6 @@ class Runner:
     def train(self, agent: PPOAgent) -> Dict[str, Any]:
         """All that stands around PPOAgent.train."""
         args, state, path, observer = self.args, self.state, self.path, self.observer
-        env = agent.env
         continues = os.path.isdir(args.checkpoint)
         if args.checkpoint:
             exact = restore_agent(agent, state, path)
@@ -1832,10 +1830,8 @@ class Runner:
         except BaseException:  # a simulator whose window is closed may call sys.exit
             if agent.whole_epoch:  # the weights in memory are those of a complete epoch
                 agent.epoch_num = agent.whole_epoch
-                sizes = {x: getattr(env, x, None) for x in ("num_obs", "num_acts", "clip_obs")}
-                agent.env = SimpleNamespace(**sizes)  # without its state, which may be broken
                 with contextlib.suppress(Exception):  # the first exception is the one to see
-                    save(agent, "last.pth")
+                    save(agent, "last.pth", with_env=False)  # the simulation may be broken
             raise
         finally:
             observer.close()
@@ -1860,9 +1856,8 @@ def play(agent: PPOAgent, state: Dict[str, Any], path: str) -> Dict[str, float]:
         model = ActorCritic(env.num_obs, env.num_acts, args, state.get("num_states", 0))
         agent.model = model.to(agent.device)
     load_weights(agent.model, state, path)
-    returns = torch.zeros(env.num_envs, device=agent.device)
-    lengths = torch.zeros_like(returns)
-    ended = torch.zeros_like(returns)  # episodes that each environment has ended
+    # Of each environment: sums over its second episode, and the episodes that it has ended.
+    returns, lengths, ended = torch.zeros(3, env.num_envs, device=agent.device)
     limit = 4 * (agent.max_episode_length or 25_000)
     for _ in range(limit):
         actions = agent.model.mean_action(obs)
@@ -2013,9 +2008,11 @@ def main(argv: Optional[Sequence[str]] = None, observers: Sequence[AlgoObserver]
             args, path, state = parse_args(argv)
         except BrokenPipeError:  # --help | head
             sys.exit(1)
-        everyone = [RLGPUAlgoObserver(), *observers]
-        if args.track:
-            everyone.append(WandbAlgoObserver(args))  # last: it sends what the others wrote
+        everyone: List[AlgoObserver] = [RLGPUAlgoObserver()]  # it gathers from all processes
+        if RANK == 0:
+            everyone += observers
+            # The last, because it sends what the others wrote.
+            everyone += [WandbAlgoObserver(args)] if args.track else []
         observer = MultiObserver(everyone, args.strict_observers)
         result = Runner(args, observer, path, state).run()
     except (UserError, TrainingError) as exc:

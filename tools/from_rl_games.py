@@ -126,6 +126,8 @@ def convert(state: Dict[str, Any], path: str) -> Dict[str, Any]:
     optimizer = without_numpy(state["optimizer"])
     group = optimizer["param_groups"][0]
     group["lr"] = float(group["lr"])
+    for moments in optimizer["state"].values():
+        moments["step"] = torch.tensor(float(moments["step"]))  # an int in older versions of torch
     best = float(state.get("last_mean_rewards", -math.inf))
     converted = {
         "model": weights,
