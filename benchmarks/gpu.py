@@ -1,0 +1,308 @@
+"""What must hold on a GPU, checked in one call: a line for each check, and exit code 1 if one
+fails.
+
+    python benchmarks/gpu.py                  on a machine with CUDA; about ten minutes
+    python benchmarks/gpu.py --device cpu     a rehearsal: it tests this script rather than CUDA
+
+It says what was seen, with the card's name, so that a result can be quoted:
+
+    no waiting   nowhere in a rollout and an update does the CPU wait for the GPU
+    continuing   4 + 4 epochs are 8, to the last bit
+    devices      a checkpoint of the GPU continues and plays on the CPU, and the other way round
+    --compile    with CUDA graphs it learns what eager PyTorch learns: the largest difference
+                 between the weights after 3 epochs, and the return after a whole run
+    precision    the return after a whole run with TF32, without it, and with bfloat16
+    NCCL         the collectives that several processes use
+    time         of an epoch, rollout and update, eager and compiled, in Cartpole's, Ant's and
+                 ShadowHand's sizes; the update's matrix products as a share of the rate that one
+                 large product reaches
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+import torch.distributed as dist
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+import train_ppo
+from train_ppo import Args
+
+SCRIPT = os.path.join(os.path.dirname(HERE), "train_ppo.py")
+# Observations, actions, and what the tasks' yaml files say; the networks are theirs too.
+SIZES = {
+    "Cartpole": (4, 1, {}),
+    "Ant": (
+        60,
+        8,
+        dict(num_envs=4096, minibatch_size=32768, update_epochs=4, units=(256, 128, 64)),
+    ),
+    "ShadowHand": (
+        211,
+        20,
+        dict(
+            num_envs=16384,
+            num_steps=8,
+            minibatch_size=32768,
+            update_epochs=5,
+            units=(512, 512, 256, 128),
+        ),
+    ),
+}
+
+
+class Noise:
+    """An env of any size that costs next to nothing and stays on the device."""
+
+    max_episode_length = 1000
+
+    def __init__(self, num_envs, num_obs, num_acts, device):
+        self.num_envs = num_envs
+        self.num_obs = num_obs
+        self.num_acts = num_acts
+        self.pool = torch.randn(num_envs + 64, num_obs, device=device)
+        self.never = torch.zeros(num_envs, dtype=torch.bool, device=device)
+        self.t = 0
+
+    def reset(self):
+        self.t = (self.t + 1) % 64
+        return {"obs": self.pool[self.t : self.t + self.num_envs]}
+
+    def step(self, actions):
+        reward = 1.0 - actions.square().mean(1)
+        return self.reset(), reward, self.never, {"time_outs": self.never}
+
+
+def agent_for(env, args):
+    return train_ppo.PPOAgent(args, env, train_ppo.MultiObserver([]))
+
+
+def epoch(agent):
+    """One epoch without figures, log and checkpoints. Returns when the device is at rest, with the
+    seconds of rollout and update."""
+    wait = torch.cuda.synchronize if agent.device.type == "cuda" else lambda: None
+    args, buffer = agent.args, agent.buffer
+    start = time.perf_counter()
+    agent.obs, _ = train_ppo.rollout(
+        agent.act, agent.env, agent.obs, buffer, args, lambda infos, dones: None
+    )
+    wait()
+    middle = time.perf_counter()
+    core(agent)
+    wait()
+    return middle - start, time.perf_counter() - middle
+
+
+def core(agent):
+    """What PPOAgent.train does after the rollout."""
+    args, buffer = agent.args, agent.buffer
+    shaped = train_ppo.shape_rewards(buffer, args)
+    last_value = agent.model.value(agent.obs)
+    advantages = agent.gae(shaped, buffer["values"], buffer["dones"], last_value, args)
+    batch = train_ppo.make_batch(buffer, advantages)
+    return train_ppo.update(agent.model, agent.optimizer, agent.lr, batch, 1, args, agent.loss_fn)
+
+
+def command(folder, *flags):
+    """Run train_ppo.py; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *flags],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        universal_newlines=True,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stdout[-2000:])
+    return done.stdout
+
+
+def weights(folder, run):
+    path = os.path.join(folder, "runs", run, "nn", "last.pth")
+    return train_ppo.load_checkpoint(path)["model"]
+
+
+def difference(one, other):
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def final_reward(output):
+    return float(re.findall(r"mean reward (-?\d+\.\d+)", output)[-1])
+
+
+# --------------------------------------------------------------------------------------------------
+# the checks: each returns (whether it holds, what was seen)
+
+
+def no_waiting(device, folder):
+    args = Args(device=device, sim="torch")
+    torch_device = train_ppo.pick_device(device)
+    agent = agent_for(train_ppo.Cartpole(args.num_envs, torch_device), args)
+    epoch(agent)
+    if torch_device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_ppo.rollout(agent.act, agent.env, agent.obs, agent.buffer, args, lambda *_: None)
+        core(agent)
+    except RuntimeError as exc:
+        return False, str(exc).splitlines()[0]
+    finally:
+        if torch_device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    return True, "a rollout and an update"
+
+
+def continuing(device, folder):
+    flags = ["--device", device, "--torch-deterministic", "--experiment"]
+    command(folder, *flags, "straight", "--max-epochs", "8")
+    command(folder, *flags, "stopped", "--max-epochs", "4")
+    same = ["--device", device, "--torch-deterministic", "--checkpoint", "runs/stopped"]
+    command(folder, *same, "--max-epochs", "8")
+    found = difference(weights(folder, "straight"), weights(folder, "stopped"))
+    return found == 0.0, f"largest difference {found:.1e}"
+
+
+def devices(device, folder):
+    command(folder, "--device", device, "--experiment", "moved", "--max-epochs", "4")
+    for where, epochs in (("cpu", "6"), (device, "8")):
+        command(folder, "--device", where, "--checkpoint", "runs/moved", "--max-epochs", epochs)
+    play = ["--play", "--checkpoint", "runs/moved", "--device"]
+    means = [
+        float(re.findall(r"mean (\S+) std", command(folder, *play, x))[0]) for x in ("cpu", device)
+    ]
+    return (
+        True,
+        f"{device} -> cpu -> {device}; played on the CPU {means[0]:.2f}, there {means[1]:.2f}",
+    )
+
+
+def compile_(device, folder):
+    flags = ["--device", device, "--experiment"]
+    for name, more in (("eager", []), ("compiled", ["--compile"])):
+        command(folder, *flags, name, "--max-epochs", "3", *more)
+    found = difference(weights(folder, "eager"), weights(folder, "compiled"))
+    reward = final_reward(command(folder, *flags, "whole", "--compile"))
+    return found < 1e-3 and reward > 450, f"largest difference {found:.1e}, return {reward:.1f}"
+
+
+def precision(device, folder):
+    rewards = {}
+    for name, code in (("TF32", "high"), ("float32", "highest")):
+        # The command asks for TF32; a line before it takes that back.
+        script = f"import torch, sys; s = torch.set_float32_matmul_precision; s({code!r})\n"
+        script += f"torch.set_float32_matmul_precision = lambda _: s({code!r})\n"
+        script += f"sys.path.insert(0, {os.path.dirname(SCRIPT)!r}); import train_ppo\n"
+        script += f"train_ppo.main(['--device', {device!r}])\n"
+        output = subprocess.check_output([sys.executable, "-c", script], cwd=folder, text=True)
+        rewards[name] = final_reward(output)
+    rewards["bfloat16"] = final_reward(command(folder, "--device", device, "--mixed-precision"))
+    seen = ", ".join(f"{name} {reward:.1f}" for name, reward in rewards.items())
+    return min(rewards.values()) > 450, f"return {seen}"
+
+
+def nccl(device, folder):
+    backend = "gloo" if device == "cpu" else "nccl"
+    store = f"file://{os.path.join(folder, 'store')}"
+    dist.init_process_group(backend, init_method=store, rank=0, world_size=1)
+    try:
+        x = torch.arange(4.0, device=train_ppo.pick_device(device))
+        everyone, names = [None], ["runs/x"]
+        train_ppo.together(dist.all_reduce, x)
+        train_ppo.together(dist.broadcast, x, 0)
+        train_ppo.together(dist.all_gather_object, everyone, {"success": (1.0, 2)})
+        train_ppo.together(dist.broadcast_object_list, names, 0)
+        good = x.tolist() == [0.0, 1.0, 2.0, 3.0] and everyone[0] == {"success": (1.0, 2)}
+    finally:
+        dist.destroy_process_group()
+    return good, f"all_reduce, broadcast and objects by {backend}, one process"
+
+
+def matrix_rate(device, size=4096):
+    """Multiplications and additions a second that one large product reaches."""
+    a = torch.randn(size, size, device=device)
+    for _ in range(3):
+        a @ a
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    for _ in range(3):
+        a @ a
+    wait()
+    return 3 * 2 * size**3 / (time.perf_counter() - start)
+
+
+def times(device, folder, epochs):
+    """Prints a row for each size and mode."""
+    torch_device = train_ppo.pick_device(device)
+    if torch_device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    rate = matrix_rate(torch_device)
+    for name, (num_obs, num_acts, more) in SIZES.items():
+        for mode in ("eager", "compiled"):
+            args = Args(device=device, sim="torch", compile=mode == "compiled", **more)
+            noise = Noise(args.num_envs, num_obs, num_acts, torch_device)
+            cartpole = name == "Cartpole"
+            env = train_ppo.Cartpole(args.num_envs, torch_device) if cartpole else noise
+            agent = agent_for(env, args)
+            for _ in range(3):
+                epoch(agent)
+            rounds = sorted(epoch(agent) for _ in range(epochs))
+            rollout, update = rounds[len(rounds) // 2]
+            layers = [p for p in agent.model.a2c_network.parameters() if p.dim() == 2]
+            # Forward once, and backward twice, of each weight for each row of each pass.
+            work = 6 * sum(p.numel() for p in layers) * args.num_envs * args.num_steps
+            share = work * args.update_epochs / update / rate
+            print(
+                f"time       {name}, {mode}: rollout {1000 * rollout:.1f} ms, update "
+                f"{1000 * update:.1f} ms, {share:.0%} of the rate of one large product",
+                flush=True,
+            )
+
+
+CHECKS = {
+    "no waiting": no_waiting,
+    "continuing": continuing,
+    "devices": devices,
+    "--compile": compile_,
+    "precision": precision,
+    "NCCL": nccl,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or, to rehearse, cpu")
+    parser.add_argument("--epochs", type=int, default=20, help="that are timed, for each row")
+    options = parser.parse_args()
+    try:
+        device = train_ppo.pick_device(options.device)
+    except train_ppo.UserError as exc:
+        sys.exit(f"error: {exc}")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, a rehearsal"
+    print(f"torch {torch.__version__}, {name}")
+    failed = False
+    with tempfile.TemporaryDirectory() as folder:
+        for what, check in CHECKS.items():
+            try:
+                good, seen = check(options.device, folder)
+            except Exception as exc:
+                lines = str(exc).strip().splitlines() or [""]
+                good, seen = False, f"{type(exc).__name__}: {lines[-1]}"
+            failed |= not good
+            print(f"{what:10} {'good' if good else 'FAILED'}: {seen}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            times(options.device, folder, options.epochs)
+    sys.exit(int(failed))
+
+
+if __name__ == "__main__":
+    main()
