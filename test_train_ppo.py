@@ -663,6 +663,7 @@ def test_complete_run_says_so(here, capsys):
 def test_newest_is_picked_by_epoch_and_broken_files_are_skipped(here, capsys):
     """A folder continues from its readable file of the highest epoch; each other one is named."""
     main([*SMALL, "--experiment", "r", "--max-epochs", "12"])
+    os.mkfifo("runs/r/nn/best.pth")  # reading it would wait for ever
     for name in ("last", "epoch_12"):
         Path(f"runs/r/nn/{name}.pth").write_bytes(b"half a file")
     main(["--checkpoint", "runs/r"])
@@ -670,6 +671,7 @@ def test_newest_is_picked_by_epoch_and_broken_files_are_skipped(here, capsys):
     for name in ("last", "epoch_12"):
         pattern = rf"^warning: runs/r/nn/{name}\.pth cannot be used: .*: skipped$"
         assert len(re.findall(pattern, output.err, re.M)) == 1, output.err
+    assert "warning: runs/r/nn/best.pth is not a file: skipped\n" in output.err
     assert "continuing runs/r/nn/epoch_10.pth at epoch 10" in output.out, "by name it were epoch_8"
 
 
@@ -4640,7 +4642,7 @@ def test_an_odd_info_is_named_once(here, capsys, monkeypatch):
     monkeypatch.setattr(Cartpole, "step", odd_step)
     main([*SMALL, "--experiment", "r"])
     err = capsys.readouterr().err
-    assert err == "warning: infos: note is a str, so it is not logged\n"
+    assert err == "warning: infos: note cannot be logged: it is a str\n"
     curves = scalars("runs/r")
     assert curves["good/iter"][0][1] == 2.0 and curves["3/iter"][0][1] == 1.5
 
@@ -4734,6 +4736,8 @@ def test_one_command_starts_and_restarts(here, capsys):
         {"episode_cumulative": {"a": 1.0}},
         {"episode_cumulative": {"a": torch.zeros(3)}},
         {"odd": object(), "fine": 2.0},
+        {"huge": 10**400, "fine": 2.0},
+        {"no numbers": torch.zeros((), device="meta")},
     ],
 )
 def test_odd_infos_cost_the_one_key(here, capsys, infos):

@@ -1147,15 +1147,18 @@ class RLGPUAlgoObserver(AlgoObserver):
     def add(self, infos: Dict[str, Any], prefix: str) -> None:
         for key, value in infos.items():
             tag = f"{prefix}{key}"
-            if isinstance(value, dict):
-                self.add(value, "Episode/" if tag == "episode" else f"{tag}/")
-            elif isinstance(value, (int, float, np.number)):
-                self.count(tag, float(value), 1)
-            elif not isinstance(value, Tensor):
-                warn(f"infos: {tag} is a {type(value).__name__}, so it is not logged")
-            elif value.dim() == 0 or prefix == "Episode/":
-                value = value.detach().to(self.algo.device, torch.float32)
-                self.count(tag, value.sum(), value.numel())
+            try:
+                if isinstance(value, dict):
+                    self.add(value, "Episode/" if tag == "episode" else f"{tag}/")
+                elif isinstance(value, (int, float, np.number)):
+                    self.count(tag, float(value), 1)
+                elif not isinstance(value, Tensor):
+                    raise TypeError(f"it is a {type(value).__name__}")
+                elif value.dim() == 0 or prefix == "Episode/":
+                    value = value.detach().to(self.algo.device, torch.float32)
+                    self.count(tag, value.sum(), value.numel())
+            except (ArithmeticError, NotImplementedError, TypeError) as exc:  # the others stay
+                warn(f"infos: {tag} cannot be logged: {first_line(exc)}")
 
     def count(self, tag: str, total: Any, n: int) -> None:
         self.totals[tag] = [self.totals[tag][0] + total, self.totals[tag][1] + n]
@@ -1533,6 +1536,8 @@ def save_checkpoint(state: Dict[str, Any], path: str) -> None:
 
 def load_checkpoint(path: str) -> Dict[str, Any]:
     """Read a checkpoint to the CPU, without running code from it. UserError if it is no good."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is not a file")
     with reading(path), open(path, "rb") as file:
         archive = zipfile.ZipFile(file)
         parts = archive.infolist()
