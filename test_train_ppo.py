@@ -50,7 +50,6 @@ from train_ppo import Args, Cartpole, EpisodeMeter, RunningMeanStd, gae, load_ch
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = str(HERE / "train_ppo.py")
-README = (HERE / "README.md").read_text()
 SMALL = ["--num-envs", "32", "--num-steps", "8", "--max-epochs", "4", "--save-frequency", "2"]
 
 
@@ -5071,29 +5070,49 @@ def test_mjlab_env_trains(tmp_path):
     assert float(mean) > 1.2 * reward[7], "--play sees whole episodes of the trained policy"
 
 
-# --------------------------------------------------------------------------------------- the README
+# ----------------------------------------------------------------------------- README.md and docs/
+
+# Commands of the documents that are not run as they are printed, and why. A new command is run,
+# unless a line here covers it.
+NOT_RUN = {
+    r"(pip|git|python\S* -m venv|\. \S*activate)\b.*": "installs or downloads: .ci/run does so",
+    r"(KILLS=\d+ )?python -m pytest .*|\.ci/run": "runs these tests",
+    r"python train_ppo\.py": "the fixture default_run is this command",
+    r"python train_ppo\.py --env-id Ant .*": "test_isaacgym_task_trains_with_its_own_settings",
+    r"python tools/from_rl_games\.py .*": "test_checkpoints_move_between_rl_games_and_here",
+    r"torchrun --nproc-per-node=2 train_ppo\.py": "test_torchrun_learns_like_one_process",
+    r"python benchmarks/(compare|fidelity|limits|overhead|pictures)\.py.*": "minutes or hours",
+    r"#!/bin/bash.*|srun .*": "needs SLURM; only its syntax is checked",
+    r"wandb sync.*": "needs an account",
+}
+PROGRAM = r"(?:[A-Z_]+=\S+ )*(?:python|pip|git|torchrun|tensorboard|wandb|srun|export) |\.ci/run"
 
 
-def readme_commands():
-    """Every command of the README's bash blocks, as words. Of `pip install ... && command` the last
-    command."""
-    text = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
-    lines = [line.split("#")[0].split("&&")[-1] for line in text.splitlines()]
-    return [shlex.split(line) for line in lines if line.strip()]
+def documents():
+    """{name: text} of README.md and docs/."""
+    paths = (HERE / "README.md", *sorted(HERE.glob("docs/*.md")))
+    return {path.name: path.read_text() for path in paths}
 
 
-def can_be_run(words, folder):
-    """Whether a command needs neither an installation nor a GPU, an account or a file of someone
-    else's."""
-    if words[0] == "tensorboard":
-        return True
-    if words[0] != "python" or not re.match(r"(train_ppo|examples/\w+|tools/\w+)\.py$", words[1]):
-        return False
-    task = words[words.index("--env-id") + 1] if "--env-id" in words else "Cartpole"
-    module = task.split(":")[0]
-    found = task == "Cartpole" or (folder / f"{module.replace('.', '/')}.py").exists()
-    foreign = any(word.endswith(".pth") and "NAME" not in word for word in words)
-    return found and not foreign and "mjlab" not in task and "--compile" not in words
+def documented_commands():
+    """All commands of the documents, `a && b` apart: the lines of their bash blocks, of which a
+    script counts as one, and `code` that starts with a program."""
+    lines, scripts = [], []
+    for text in documents().values():
+        for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+            if block.startswith("#!"):
+                scripts.append(block)
+            else:
+                lines += block.replace("\\\n", " ").splitlines()
+        code = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+        lines += [piece for piece in code if re.match(PROGRAM, piece)]
+    parts = [part for line in lines for part in line.split("#")[0].split("&&")]
+    commands = [" ".join(part.split()) for part in parts]
+    return scripts + [command for command in dict.fromkeys(commands) if command]
+
+
+def is_run(command):
+    return not any(re.fullmatch(pattern, command, re.S) for pattern in NOT_RUN)
 
 
 def start_tensorboard(words, folder):
@@ -5114,48 +5133,96 @@ def start_tensorboard(words, folder):
     return text
 
 
-def test_readme_commands_work_as_printed(default_run, tmp_path):
-    """All that can be run here, in the README's order where one needs what another wrote. Trainings
-    are shortened: to three epochs, or to one more where the README trains a run for longer."""
+@pytest.mark.parametrize("command", [x for x in documented_commands() if is_run(x)])
+def test_documented_command_works_as_printed(command, default_run, tmp_path):
+    """Trainings are shortened: to three epochs, or to one more where a run is trained for longer.
+    runs/NAME is the run that `python train_ppo.py` made."""
     _, _, _, run_dir = default_run
-    shutil.copytree(str(run_dir), str(tmp_path / "runs" / run_dir.name))
+    shutil.copytree(str(run_dir), str(tmp_path / "runs" / "NAME"))
     shutil.copy(SCRIPT, str(tmp_path))
     for name in ("examples", "tools"):
         shutil.copytree(str(HERE / name), str(tmp_path / name))
-    commands = [words for words in readme_commands() if can_be_run(words, tmp_path)]
-    assert any("--play" in words for words in commands), "the README's commands are found"
+    words = shlex.split(command)
+    if "examples.mujoco_ant:make_env" in words:
+        pytest.importorskip("mujoco", minversion="3.3")
+    if words[0] == "tensorboard":
+        assert "http://" in start_tensorboard(words, str(tmp_path))
+        return
+    if words[0] != "python":
+        path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+        subprocess.run(["bash", "-c", command], env={**os.environ, "PATH": path}, check=True)
+        return
+    goes_on = "runs/NAME" in command and "--init-from" not in words
+    if "--max-epochs" in words:
+        words[words.index("--max-epochs") + 1] = "101" if goes_on else "3"
+    elif not goes_on and words[1].startswith(("train_ppo", "examples/")):
+        words += ["--max-epochs", "3"]
+    text = run_script(*words[1:], cwd=tmp_path)
+    assert not re.search("^(warning|error|Traceback)", text, re.M), text
 
-    def run(words):
-        printed = " ".join(words)
-        words = [word.replace("NAME", run_dir.name) for word in words]
-        if words[0] == "tensorboard":
-            assert "http://" in start_tensorboard(words, str(tmp_path)), printed
-            return
-        goes_on = "NAME" in printed and "--init-from" not in words
-        if "--max-epochs" in words:
-            words[words.index("--max-epochs") + 1] = "101" if goes_on else "3"
-        elif not goes_on and words[1].startswith(("train_ppo", "examples/")):
-            words += ["--max-epochs", "3"]
-        text = run_script(*words[1:], cwd=tmp_path)
-        assert not re.search("^(warning|error|Traceback)", text, re.M), f"{printed}\n{text}"
 
-    same = [words for words in commands if "NAME" in " ".join(words)]
-    others = [words for words in commands if words not in same and words[1:] != ["train_ppo.py"]]
-    at_once(lambda several: [run(words) for words in several], [same, others])
+def test_list_of_commands_that_are_not_run_is_true():
+    """Each line of NOT_RUN is about a command of the documents, each test that it names is there,
+    and scripts are correct bash."""
+    commands = documented_commands()
+    assert len([x for x in commands if is_run(x)]) > 10, "the documents' commands are found"
+    for pattern, reason in NOT_RUN.items():
+        assert any(re.fullmatch(pattern, x, re.S) for x in commands), f"is gone: {pattern}"
+        assert set(re.findall(r"\btest_\w+", reason)) <= all_tests(), reason
+    for script in [x for x in commands if x.startswith("#!")]:
+        subprocess.run(["bash", "-n"], input=script.encode(), check=True)
+
+
+def all_tests():
+    """The names of all tests of the project."""
+    files = (HERE / "test_train_ppo.py", HERE / "examples" / "test_mujoco_ant.py")
+    return {x for path in files for x in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+
+
+def test_documents_name_only_tests_that_exist():
+    for name, text in documents().items():
+        assert set(re.findall(r"`(test_(?!train_ppo)\w+)", text)) <= all_tests(), name
+        for part in re.findall(r"pytest[^`]* -k (\w+)", text):
+            assert any(part in test for test in all_tests()), f"{name}: -k {part}"
+
+
+def test_tables_are_whole():
+    """Each row has as many cells as its header: a | in a cell must be written as \\|, even in
+    `code`."""
+    for name, text in documents().items():
+        for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+            cells = [len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()]
+            assert len(set(cells)) == 1, f"{name}: {table.splitlines()[cells.index(max(cells))]}"
+
+
+def test_every_picture_says_what_made_it():
+    """Pages that show a picture of docs/ describe it and name the command, which exists."""
+    pictures = [path for path in (HERE / "docs").iterdir() if path.suffix in (".gif", ".png")]
+    assert pictures
+    for picture in pictures:
+        shown = rf"!\[[^\]]{{20,}}\]\((docs/)?{picture.name}\)"  # with what it shows in words
+        pages = {name: text for name, text in documents().items() if re.search(shown, text)}
+        assert pages, f"no page shows {picture.name}"
+        for name, text in pages.items():
+            command = f"`python benchmarks/pictures.py {picture.stem}`"
+            assert command in text, f"{name} does not say which command made {picture.name}"
+        assert f"\ndef {picture.stem}(" in (HERE / "benchmarks" / "pictures.py").read_text()
 
 
 def test_documents_name_only_arguments_that_exist():
-    """In `code` and in commands of README.md and docs/."""
+    """In `code`, in commands and in the sweep's parameters."""
     known = {"--help", "--film", "--signal"}  # the last one is SLURM's
     for field in train_ppo.fields(Args):
         name = field.name.replace("_", "-")
         known |= {f"--{name}", f"--no-{name}"} if field.type is bool else {f"--{name}"}
-    for path in (HERE / "README.md", *HERE.glob("docs/*.md")):
-        text = path.read_text().split("- Gone: ")[0]  # changelog.md
+    for page, text in documents().items():
+        text = text.split("- Gone: ")[0]  # changelog.md
         named = re.findall(r"`(--[a-z][a-z-]*)", text)
         for line in re.findall(r"(?:train_ppo|own_observer|record_video)\.py +(--.*)", text):
             named += re.findall(r"(?<!\S)--[a-z][a-z-]*", line.split("#")[0])
-        assert set(named) <= known, path.name
+        for sweep in re.findall(r"^parameters:\n((?: +.*\n)+)", text, re.M):
+            named += [f"--{parameter}" for parameter in re.findall(r"^ +([\w-]+):", sweep, re.M)]
+        assert set(named) <= known, page
 
 
 def test_links_between_documents_lead_somewhere():
