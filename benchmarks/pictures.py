@@ -1,4 +1,4 @@
-"""Make the README's pictures, in docs/.
+"""Make the pictures of README.md and of the pages in docs/.
 
 pip install -r benchmarks/requirements.txt matplotlib
 python benchmarks/pictures.py cartpole       cartpole.gif: the first policy and the trained one
@@ -8,7 +8,8 @@ python benchmarks/pictures.py ant            ant.gif: MuJoCo's Ant before and af
                                              (five minutes; mujoco)
 python benchmarks/pictures.py ant_curves     ant_curves.png: ten seeds here and with rl_games
                                              (two hours; mujoco, rl_games 1.6.1)
-python benchmarks/pictures.py states         states.png: a critic with and without the exact state
+python benchmarks/pictures.py states         states.png: a critic with and without the exact state,
+                                             five seeds each (three minutes)
 python benchmarks/pictures.py tensorboard    tensorboard.png: the page of a real run, by Chromium
 """
 
