@@ -5081,7 +5081,7 @@ NOT_RUN = {
     r"python train_ppo\.py --env-id Ant .*": "test_isaacgym_task_trains_with_its_own_settings",
     r"python tools/from_rl_games\.py .*": "test_checkpoints_move_between_rl_games_and_here",
     r"torchrun --nproc-per-node=2 train_ppo\.py": "test_torchrun_learns_like_one_process",
-    r"python benchmarks/(compare|fidelity|limits|overhead|pictures)\.py.*": "minutes or hours",
+    r"python benchmarks/(compare|fidelity|gpu|limits|overhead|pictures)\.py.*": "minutes or hours",
     r"#!/bin/bash.*|srun .*": "needs SLURM; only its syntax is checked",
     r"wandb sync.*": "needs an account",
 }
