@@ -91,11 +91,11 @@ class Args:
     for value_bootstrap, which that file leaves off."""
 
     env_id: str = "Cartpole"  # Cartpole, an IsaacGymEnvs task such as Ant, or module:factory
-    sim: Literal["auto", "isaacgym", "torch"] = "auto"  # auto: Isaac Gym where it is installed
+    sim: Literal["auto", "isaacgym", "torch"] = "auto"  # auto: isaacgym if installed
     num_envs: int = 512  # parallel environments in each process (rl_games: num_actors)
-    seed: int = 42  # for Python, numpy and torch; each process adds its rank
+    seed: int = 42  # of Python, numpy and torch; each process adds its rank
     torch_deterministic: bool = False  # use deterministic torch kernels only (slower on a GPU)
-    device: str = "auto"  # of simulation, policy and rollouts: auto, cpu, cuda, cuda:1
+    device: str = "auto"  # where simulation and policy run: auto, cpu, cuda, cuda:1
     torch_threads: int = 1  # CPU threads; 1 is fastest for small networks, 0 is torch's own default
     headless: bool = True  # Isaac Gym without its viewer window
 
@@ -103,7 +103,7 @@ class Args:
     experiment: str = ""  # name of the run's folder, made unique; empty: <env_id>_<date>_<time>
     train_dir: str = "runs"  # folder of all runs
     checkpoint: str = ""  # a run folder continues there, a .pth file starts a new run from there
-    init_from: str = ""  # like checkpoint, but only the weights: a new run from epoch 1
+    init_from: str = ""  # like --checkpoint, but only the weights: a new run from epoch 1
     resume: bool = False  # continue --experiment if that folder has a checkpoint, else start it
     max_epochs: int = 100  # rollouts and updates in all, earlier parts of the run included
     save_frequency: int = 25  # epochs between the periodic checkpoints; 0: none
@@ -115,17 +115,17 @@ class Args:
     json: str = ""  # a file in which --play writes its results
 
     # Weights & Biases
-    track: bool = False  # log there too; its own variables (WANDB_MODE, WANDB_TAGS ...) are obeyed
-    wandb_project_name: str = "train_ppo"  # its project
-    wandb_entity: str = ""  # its team or user; empty: your default
+    track: bool = False  # log to Weights & Biases too; WANDB_MODE, WANDB_TAGS ... are obeyed
+    wandb_project_name: str = "train_ppo"  # W&B project
+    wandb_entity: str = ""  # W&B team or user; empty: your default
 
     # PPO
     num_steps: int = 16  # steps of each environment in a rollout (rl_games: horizon_length)
     minibatch_size: int = 8192  # samples in a gradient step; a smaller rollout is one minibatch
     update_epochs: int = 8  # passes over each rollout (rl_games: mini_epochs)
-    learning_rate: float = 3e-4  # Adam's, at the start
-    lr_schedule: Literal["adaptive", "linear", "fixed"] = "adaptive"  # adaptive: by KL divergence
-    schedule_type: Literal["legacy", "standard"] = "legacy"  # after each minibatch, or each pass
+    learning_rate: float = 3e-4  # Adam's learning rate at the start
+    lr_schedule: Literal["adaptive", "linear", "fixed"] = "adaptive"  # adaptive: rate follows KL
+    schedule_type: Literal["legacy", "standard"] = "legacy"  # adapt after a minibatch, or a pass
     kl_threshold: float = 0.008  # KL divergence that the adaptive schedule aims at
     max_lr: float = 1e-2  # highest learning rate of the adaptive schedule
     min_lr: float = 1e-6  # lowest learning rate of the adaptive schedule
@@ -148,9 +148,9 @@ class Args:
 
     # network
     units: Tuple[int, ...] = (32, 32)  # widths of the hidden layers
-    activation: Literal["elu", "relu", "tanh", "selu", "gelu", "swish"] = "elu"  # after each one
+    activation: Literal["elu", "relu", "tanh", "selu", "gelu", "swish"] = "elu"  # of hidden layers
     separate: bool = False  # give the value function hidden layers of its own
-    critic_units: Tuple[int, ...] = ()  # widths of these; empty: as units
+    critic_units: Tuple[int, ...] = ()  # widths of the critic's own layers; empty: as --units
     sigma_init: float = 0.0  # log standard deviation of the actions at the start
 
 
