@@ -182,12 +182,10 @@ class RunningMeanStd(nn.Module):
         self.running_var.copy_(squares / total)
         self.count.copy_(total)
 
-    def normalize(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         std = (self.running_var.float() + 1e-5).sqrt()
         # The clamp keeps one broken sensor from saturating the network.
         return ((x - self.running_mean.float()) / std).clamp(-5.0, 5.0)
-
-    forward = normalize
 
     def denormalize(self, x: Tensor) -> Tensor:
         std = (self.running_var.float() + 1e-5).sqrt()
@@ -374,9 +372,9 @@ def normalize_batch(model: ActorCritic, batch: Batch, args: Args) -> Batch:
     values, returns, advantages = batch.values, batch.returns, batch.advantages
     if args.normalize_value:  # the values first: the returns are normalised with both taken in
         model.value_mean_std.update(values.unsqueeze(1))
-        values = model.value_mean_std.normalize(values)
+        values = model.value_mean_std(values)
         model.value_mean_std.update(returns.unsqueeze(1))
-        returns = model.value_mean_std.normalize(returns)
+        returns = model.value_mean_std(returns)
     if args.norm_adv:  # over the whole rollout; CleanRL does it in each minibatch
         mean, var = mean_and_var(advantages)
         advantages = (advantages - mean) / (var.sqrt() + 1e-8)
@@ -519,9 +517,10 @@ class PPOAgent:
         self.episodes = EpisodeMeter(env.num_envs, args.games_to_track, 3, self.device)
         self.obs = check_obs(env.reset(), "reset()", env).to(self.device)
         self.dones = torch.zeros(env.num_envs, dtype=torch.bool, device=self.device)
-        self.first_epoch = 0  # epochs before the environments started
-        self.whole_epoch: Optional[int] = 0  # the epoch that the weights completed; None amid one
+        self.first_epoch = 0  # epoch_num when the environments last started afresh
+        self.whole_epoch: Optional[int] = 0  # the last complete one; None in an update
         self.time_outs_seen = False
+        self.metric_known = False  # best_metric was logged
         self.policy_metadata = policy_metadata(env)
         self.wandb_run_id = ""
 
@@ -629,7 +628,7 @@ def average_gradients(model: ActorCritic, kl: Tensor) -> Tensor:
 #     policy_metadata()             a dict for the robot, such as action scale and joint names
 #     set_train_info(frame, algo)   called before each rollout in every process: a curriculum
 #     get_env_state(), set_env_state(state)   kept in checkpoints
-#     exact_state = True            these and torch's generators are all: a run continues exactly
+#     exact_state = True            this and torch's generators say all: a run continues exactly
 
 
 class Cartpole:
@@ -748,7 +747,8 @@ def make_factory_env(args: Args, device: torch.device):
     factory: Any = getattr(import_env_module(args.env_id), name, None)
     options = dict(num_envs=args.num_envs, device=str(device), seed=args.seed)
     try:
-        inspect.signature(factory).bind(**options)
+        with contextlib.suppress(ValueError):  # a C function may have no signature
+            inspect.signature(factory).bind(**options)
     except TypeError as exc:  # None, too, if there is no such name
         what = f"{name} must be a function of num_envs, device and seed ({exc})"
         raise UserError(f"--env-id {args.env_id}: {what}") from exc
@@ -774,11 +774,11 @@ def check_step(step: Any, env, device: torch.device) -> Tuple[Any, ...]:
     if not isinstance(step, tuple) or len(step) != 4 or not isinstance(step[3], dict):
         raise UserError("the env's step() must return (obs, reward, done, infos), infos a dict")
     obs, rewards, dones, infos = step
-    time_outs = infos.get("time_outs", torch.zeros(env.num_envs))
     shape = (env.num_envs,)
     rewards = check_shape(rewards, "step()'s reward", shape).to(device)
     dones = check_shape(dones, "step()'s done", shape)
     dones = dones.to(device, torch.bool, copy=True)  # observers keep it; it may be the env's own
+    time_outs = infos.get("time_outs", torch.zeros_like(dones))
     time_outs = check_shape(time_outs, "infos['time_outs']", shape).to(device, torch.bool)
     return check_obs(obs, "step()[0]", env).to(device), rewards, dones, time_outs, infos
 
@@ -864,7 +864,8 @@ def task_settings(args: Args) -> Dict[str, Any]:
 
 def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
     """Arguments from a <Task>PPO.yaml. UserError rather than training without what it asks for."""
-    absent = dict(value_bootstrap=False, normalize_value=False, save_best_after=100)  # rl_games'
+    # What rl_games does where the file says nothing.
+    absent = dict(value_bootstrap=False, normalize_value=False, save_best_after=100)
     config, network = {**absent, **params["config"]}, params["network"]
     space, mlp = network.get("space") or {}, network.get("mlp") or {}
     normal = space.get("continuous") or {}
@@ -973,14 +974,18 @@ class EpisodeMeter:
 
 def check_finite(agent: PPOAgent) -> None:
     """TrainingError before NaN or Inf of a rollout reach the weights; it names what came first."""
-    tensors = {**agent.buffer, "the last obs": agent.obs.unsqueeze(0)}
-    sums = torch.stack([x.sum() for x in tensors.values()])  # quicker than looking at each number
-    everywhere = average(sums.isfinite().float()).tolist()
-    for (name, x), share in zip(tensors.items(), everywhere):
-        if share < 1.0:
-            bad = (~x.isfinite()).transpose(0, 1).flatten(1).any(1)  # (E,)
-            what = f"{name} of {int(bad.sum())} of {len(bad)} envs"
-            raise TrainingError(f"NaN or Inf in {what} in the rollout of epoch {agent.epoch_num}")
+    buffer, steps = agent.buffer, agent.args.num_steps
+    sums = torch.stack([x.sum() for x in (agent.obs, *buffer.values())])  # quicker than looking
+    if average(sums.isfinite().all().float()) == 1.0:
+        return
+    rows = [(t, name, x[t]) for t in range(steps) for name, x in buffer.items()]
+    for t, name, x in [*rows, (steps, "obs", agent.obs)]:
+        bad = int((~x.isfinite()).reshape(len(x), -1).any(1).sum())
+        if bad:
+            what = f"{name} of {bad} of {len(x)} envs at step {t + 1} of the rollout"
+            raise TrainingError(f"NaN or Inf in {what}, epoch {agent.epoch_num}")
+    if WORLD_SIZE > 1:  # else it was only a sum that is too large
+        raise TrainingError(f"NaN or Inf in another process, so number {RANK} stops too")
 
 
 EPISODE_SUMS = ("rewards", "shaped_rewards", "episode_lengths")  # rl_games' names in the log
@@ -1012,7 +1017,7 @@ def collect_figures(agent: PPOAgent, losses: Tensor, batch: Batch) -> Dict[str, 
 
 def log_epoch(agent: PPOAgent, figures, step_time: float, play_time: float, epoch_time: float):
     """Write the epoch's scalars under rl_games' tags, call the observers, draw the console line.
-    Returns what best.pth goes by, the mean reward or best_metric; nan if it is not known."""
+    Returns what best.pth goes by, the mean reward or best_metric; nan if this epoch has none."""
     if RANK != 0:
         return math.nan
     args, epoch, frame, writer = agent.args, agent.epoch_num, agent.frame, agent.writer
@@ -1036,10 +1041,12 @@ def log_epoch(agent: PPOAgent, figures, step_time: float, play_time: float, epoc
     agent.algo_observer.after_print_stats(frame, epoch, agent.total_time)
     if args.best_metric:
         score = writer.scalars.get(args.best_metric, math.nan)
-        if math.isnan(score) and figures["finished"] and agent.best_epoch == 0:
+        known = agent.metric_known or args.best_metric in writer.scalars
+        if figures["finished"] and not known:
             ours = ("performance/", "losses/", "info/")
             tags = ", ".join(tag for tag in writer.scalars if not tag.startswith(ours))
             warn(f"--best-metric {args.best_metric} is not logged: {tags} are")
+        agent.metric_known = known or figures["finished"] > 0  # or it was said
     writer.end_epoch()
 
     left = int(epoch_time * (args.max_epochs - epoch))
@@ -1066,6 +1073,7 @@ class Writer(SummaryWriter):
         self.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *rows]))
         self.scalars: Dict[str, float] = {}
         self.steps: Dict[int, List[Summary.Value]] = collections.defaultdict(list)
+        self.works = True
 
     def add_scalar(self, tag, scalar_value, global_step=None, *args, **kwargs) -> None:
         self.scalars[tag] = float(scalar_value)
@@ -1079,9 +1087,10 @@ class Writer(SummaryWriter):
 
     def end_epoch(self) -> None:
         try:
-            for step, values in self.steps.items():
+            for step, values in self.steps.items() if self.works else ():
                 self.file_writer.add_summary(Summary(value=values), step)
         except Exception as exc:  # a full disk, for example, stops the curve but not training
+            self.works = False
             warn(f"TensorBoard's events cannot be written ({exc}): training goes on")
         self.steps.clear()
         self.scalars.clear()
@@ -1127,7 +1136,7 @@ class RLGPUAlgoObserver(AlgoObserver):
                                       each episode          over the last games_to_track episodes
     any scalar, nested or not         <key>/{frame,iter,time}: mean over the epoch
 
-    Keys may come and go, and nothing leaves the device before the epoch ends."""
+    Keys may come and go, and nothing leaves the device during the rollout."""
 
     def after_init(self, algo) -> None:
         super().after_init(algo)
@@ -1220,13 +1229,10 @@ class WandbAlgoObserver(AlgoObserver):
     run: Any = None
     defined: frozenset = frozenset()  # tags whose x-axis W&B knows
 
-    def __init__(self, args: Args):
-        self.args = args
-
     def before_init(self, base_name, config, experiment_name) -> None:
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "60")  # seconds
-        args, run_dir = self.args, config["run_dir"]
-        about = dict(project=args.wandb_project_name, entity=args.wandb_entity or None)
+        run_dir = config["run_dir"]
+        about = dict(project=config["wandb_project_name"], entity=config["wandb_entity"] or None)
         about.update(name=experiment_name, id=config["wandb_run_id"], resume="allow", config=config)
         about["dir"] = os.path.abspath(run_dir)
         try:
@@ -1256,7 +1262,7 @@ class WandbAlgoObserver(AlgoObserver):
             for tag in values.keys() - self.defined:
                 axis = dict(iter="epoch", time="time").get(tag.rsplit("/", 1)[-1], "global_step")
                 self.run.define_metric(tag, step_metric=None if tag in axes else axis)
-            self.defined |= values.keys()
+            self.defined = self.defined.union(values)
             self.run.log(values)
         except Exception as exc:
             self.give_up(f"failed ({exc}): training goes on without it")
@@ -1274,7 +1280,7 @@ class WandbAlgoObserver(AlgoObserver):
         self.run.summary["stop_reason"] = stop_reason(algo)
         if algo.best_epoch:
             best = dict(best_reward=algo.last_mean_rewards, best_epoch=algo.best_epoch)
-            best["best_metric"] = self.args.best_metric or "mean reward"
+            best["best_metric"] = algo.args.best_metric or "mean reward"
             self.run.summary.update(best)
         # W&B <= 0.24 writes its file in blocks of 32 KiB. Repeating the config, 1 KiB or more,
         # pushes the last rows out before the server is waited for.
@@ -1324,7 +1330,8 @@ class MultiObserver(AlgoObserver):
                 raise
             self.observers.remove(observer)
             what = f"{type(observer).__name__}.{hook} raised {exc!r}"
-            warn(f"{what}: training goes on without this observer\n{traceback.format_exc()}")
+            what += f": training goes on without this observer\n{traceback.format_exc()}"
+            log(f"warning: {what}", stream=sys.stderr)
 
     def call(self, hook: str, *args) -> None:
         for observer in list(self.observers):
@@ -1406,12 +1413,12 @@ def plain(value: Any) -> Any:
 
 
 def check_like(found: Any, expected: Any, name: str) -> None:
-    """UserError unless `found` has the keys, types and shapes of `expected`: Adam's moments of
-    another shape, for example, would crash Python."""
+    """UserError unless `found` has the keys, types and shapes of `expected`. torch does not check
+    Adam's moments: of another shape they crash Python."""
 
     def kind(x: Any) -> str:
         if isinstance(x, Tensor):
-            return f"{x.dtype} {tuple(x.shape)}"
+            return f"{x.layout} {x.dtype} {tuple(x.shape)}"
         return "missing" if x is None else "nan" if x != x else type(x).__name__
 
     if isinstance(found, dict) and isinstance(expected, dict):
@@ -1419,11 +1426,11 @@ def check_like(found: Any, expected: Any, name: str) -> None:
             check_like(found.get(key), expected.get(key), f"{name}.{key}")
     elif kind(found) != kind(expected):
         what = f"{name} is {kind(found)}, but should be {kind(expected)}"
-        raise UserError(f"it does not fit the env or the network: {what}")
+        raise UserError(f"it does not fit this env, network or version: {what}")
 
 
 def load_weights(model: ActorCritic, state: Dict[str, Any], path: str) -> None:
-    """Take over weights and statistics, if they and Adam's moments are those of such a model."""
+    """Load weights and statistics. UserError if they, or Adam's moments, do not fit this model."""
     with reading(path):
         check_like(state["model"], dict(model.state_dict()), "model")
         moments = state["optimizer"]["state"]
@@ -1437,9 +1444,10 @@ def restore_agent(agent: PPOAgent, state: Dict[str, Any], path: str) -> bool:
     """Go on from `state`. True if exactly, False if the environment had to start new episodes."""
     load_weights(agent.model, state, path)
     with reading(path):
-        # How a step is computed is for this run to say; what was gathered so far is in `state`.
+        # The optimizer's settings are this run's, its moments the checkpoint's.
         adam = state["optimizer"]
-        agent.optimizer.load_state_dict({**agent.optimizer.state_dict(), "state": adam["state"]})
+        moments = plain(adam["state"])  # copies: their storage is as large as their shape says
+        agent.optimizer.load_state_dict({**agent.optimizer.state_dict(), "state": moments})
         agent.optimizer.param_groups[0]["lr"] = agent.lr
         if state["args"].get("learning_rate") in (None, agent.args.learning_rate):  # no new flag
             agent.lr.fill_(adam["param_groups"][0]["lr"])
@@ -1472,7 +1480,7 @@ def restore_agent(agent: PPOAgent, state: Dict[str, Any], path: str) -> bool:
 
 @contextlib.contextmanager
 def reading(path: str):
-    """Whatever goes wrong with a checkpoint, or with what goes into one, is one line about it."""
+    """Turn any exception inside into a UserError of one line that names `path`."""
     try:
         yield
     except Exception as exc:
@@ -1487,8 +1495,8 @@ def reading(path: str):
 def save_checkpoints(agent: PPOAgent, score: float, finished: float) -> None:
     """best.pth and epoch_<N>.pth, if it is time for them. finished: episodes in the window."""
     args, epoch = agent.args, agent.epoch_num
-    # Short episodes end first. So wait until each environment could have finished one, since they
-    # started, and the window is full.
+    # The first episodes to end are the short ones. So wait until every environment has run for
+    # max_episode_length, and the window is full.
     steps = (epoch - agent.first_epoch) * args.num_steps
     fair = steps >= agent.max_episode_length and finished == args.games_to_track
     if fair and epoch >= args.save_best_after and score > agent.last_mean_rewards:
@@ -1500,7 +1508,7 @@ def save_checkpoints(agent: PPOAgent, score: float, finished: float) -> None:
         save(agent, f"epoch_{epoch}.pth")
 
 
-def save(agent: PPOAgent, name: str, with_env: bool = True, final: bool = False) -> bool:
+def save(agent: PPOAgent, name: str, final: bool = False) -> bool:
     """Save, or warn and return False: there is a next time. If it is final: TrainingError."""
     if RANK != 0:
         return True
@@ -1508,12 +1516,12 @@ def save(agent: PPOAgent, name: str, with_env: bool = True, final: bool = False)
     with contextlib.suppress(Exception):  # TensorBoard's trouble is not the checkpoint's
         agent.writer.flush()  # the curve on disk is never behind the checkpoint
     try:
-        save_checkpoint(agent_state(agent, with_env), path)
+        save_checkpoint(agent_state(agent), path)
     except OSError as exc:
         what = f"cannot be written ({exc.strerror or exc})"
         if final:
             raise TrainingError(f"{path} {what}: epoch {agent.epoch_num} is not on disk") from exc
-        warn(f"{agent.nn_dir} {what}; training goes on, the next save will try again")
+        warn(f"{path} {what}; the next save will try again")
         return False
     return True
 
@@ -1567,20 +1575,19 @@ def find_checkpoint(path: str) -> Tuple[str, Dict[str, Any]]:
     if not os.path.isdir(path):
         return path, load_checkpoint(path)
 
-    def number(file: str) -> float:
-        digits = re.findall(r"epoch_(\d+)\.pth$", file)
-        return int(digits[0]) if digits else math.inf  # last.pth and best.pth
-
-    pattern = os.path.join(glob.escape(path), "nn", "[lbe]*.pth")
+    numbered = []  # (N, file) of epoch_<N>.pth, after last.pth and best.pth
+    for file in glob.glob(os.path.join(glob.escape(path), "nn", "*.pth")):
+        match = re.fullmatch(r"(?:last|best|epoch_(\d+))\.pth", os.path.basename(file))
+        if match:
+            numbered.append((float(match[1] or "inf"), file))
     found: List[Tuple[str, Dict[str, Any]]] = []
-    for file in sorted(glob.glob(pattern), key=number, reverse=True):
+    for number, file in sorted(numbered, reverse=True):
         try:
             found.append((file, load_checkpoint(file)))
+            if number < math.inf:
+                break  # the others are older
         except UserError as exc:
             warn(f"{exc}: skipped")
-            continue
-        if number(file) < math.inf:
-            break  # the others are older
     if not found:
         raise UserError(f"{path} has no readable checkpoint in nn/")
     return max(found, key=lambda item: item[1]["epoch"])
@@ -1615,7 +1622,7 @@ def log(*fields: str, stream=None, live: bool = False) -> None:
 
 @functools.lru_cache(maxsize=None)
 def warn(message: str) -> None:
-    """Say it once, however often it happens."""
+    """Print a warning, each text once per run."""
     log(f"warning: {message}", stream=sys.stderr)
 
 
@@ -1627,8 +1634,8 @@ CLOSE_PATIENCE = 20.0  # seconds that an env has to close
 
 
 def close_env(env, code: int) -> None:
-    """Close the env, in the main thread because OpenGL wants so. All is saved by then: if it raises
-    that is a warning, and if it does not return the program ends with `code`."""
+    """Close the env, in the main thread as OpenGL requires. Everything is saved by then, so an
+    exception is only a warning, and an env that hangs ends the program with `code`."""
 
     error = sys.exc_info()[1]
 
@@ -1695,10 +1702,8 @@ def open_run_dir(args: Args, origin: str) -> Tuple[str, Any]:
     """The folder to train in, and the lock that keeps others out while this process lives. A folder
     given as --checkpoint continues; all else gets a new one, so that nothing is overwritten."""
     continues = os.path.isdir(args.checkpoint)
-    run_dir = os.path.normpath(args.checkpoint or os.path.join(args.train_dir, args.experiment))
     try:
-        if not continues:
-            run_dir = make_run_dir(args)
+        run_dir = os.path.normpath(args.checkpoint) if continues else make_run_dir(args)
         # O_NOFOLLOW: a link that someone put there must not lead to another file.
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         lock = open(os.open(os.path.join(run_dir, ".lock"), flags, 0o644))
@@ -1800,7 +1805,7 @@ class Runner:
                 dist.destroy_process_group()
 
     def train(self, agent: PPOAgent) -> Dict[str, Any]:
-        """All that stands around PPOAgent.train."""
+        """Load the checkpoint, open run folder and observers, train, save last.pth, report."""
         args, state, path, observer = self.args, self.state, self.path, self.observer
         continues = os.path.isdir(args.checkpoint)
         if args.checkpoint:
@@ -1833,10 +1838,11 @@ class Runner:
                 agent.train()
                 save(agent, "last.pth", final=True)
         except BaseException:  # a simulator whose window is closed may call sys.exit
-            if agent.whole_epoch:  # the weights in memory are those of a complete epoch
+            if agent.whole_epoch and RANK == 0:  # the weights are those of a complete epoch
                 agent.epoch_num = agent.whole_epoch
                 with contextlib.suppress(Exception):  # the first exception is the one to see
-                    save(agent, "last.pth", with_env=False)  # the simulation may be broken
+                    state = agent_state(agent, with_env=False)  # the simulation may be broken
+                    save_checkpoint(state, os.path.join(agent.nn_dir, "last.pth"))
             raise
         finally:
             observer.close()
@@ -2006,6 +2012,7 @@ def checked(values: Dict[str, Any], origin: str) -> Dict[str, Any]:
 
 def main(argv: Optional[Sequence[str]] = None, observers: Sequence[AlgoObserver] = ()) -> None:
     """The command. `observers` are yours, called after RLGPUAlgoObserver and before W&B's."""
+    warn.cache_clear()
     if "--version" in (sys.argv if argv is None else argv):
         return print(f"train_ppo.py {__version__}")
     try:
@@ -2017,7 +2024,7 @@ def main(argv: Optional[Sequence[str]] = None, observers: Sequence[AlgoObserver]
         if RANK == 0:
             everyone += observers
             # The last, because it sends what the others wrote.
-            everyone += [WandbAlgoObserver(args)] if args.track else []
+            everyone += [WandbAlgoObserver()] if args.track else []
         observer = MultiObserver(everyone, args.strict_observers)
         result = Runner(args, observer, path, state).run()
     except (UserError, TrainingError) as exc:
