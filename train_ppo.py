@@ -264,8 +264,9 @@ class ActorCritic(nn.Module):
         mu, logstd, value = self(obs)
         sigma = logstd.exp()
         actions = mu + sigma * noise
-        step = dict(actions=actions, logprobs=log_prob(actions, mu, logstd), mus=mu, sigmas=sigma)
-        return dict(step, values=self.denorm_value(value))
+        logprobs = log_prob(actions, mu, sigma, logstd)
+        values = self.denorm_value(value)
+        return dict(actions=actions, logprobs=logprobs, mus=mu, sigmas=sigma, values=values)
 
     @torch.no_grad()
     def value(self, obs: Tensor) -> Tensor:
@@ -276,9 +277,9 @@ class ActorCritic(nn.Module):
         return value if self.value_mean_std is None else self.value_mean_std.denormalize(value)
 
 
-def log_prob(action: Tensor, mu: Tensor, logstd: Tensor) -> Tensor:
-    """Log density of a diagonal Gaussian: three (n, A) -> (n,)."""
-    z = (action - mu) / logstd.exp()
+def log_prob(action: Tensor, mu: Tensor, sigma: Tensor, logstd: Tensor) -> Tensor:
+    """Log density of a diagonal Gaussian, with sigma = exp(logstd): four (n, A) -> (n,)."""
+    z = (action - mu) / sigma
     constant = 0.5 * math.log(2.0 * math.pi) * mu.shape[-1]
     return -(0.5 * z.square().sum(-1) + constant + logstd.sum(-1))
 
@@ -332,15 +333,13 @@ def gae(rewards: Tensor, values: Tensor, dones: Tensor, last_value: Tensor, args
     """Advantages (T, E) by generalised advantage estimation (Schulman et al. 2015, eq. 16) from
     rewards, values and dones (T, E), and the value of the state after the rollout (E,). dones[t] is
     1.0 if the episode ended with step t; a time limit's bootstrap is in the rewards already."""
-    advantages = torch.empty_like(rewards)
-    advantage = torch.zeros_like(last_value)
-    next_value = last_value
-    for t in reversed(range(len(rewards))):
-        alive = 1.0 - dones[t]
-        delta = rewards[t] + args.gamma * next_value * alive - values[t]
-        advantage = delta + args.gamma * args.gae_lambda * alive * advantage
-        advantages[t] = advantage
-        next_value = values[t]
+    alive = 1.0 - dones
+    decay = args.gamma * args.gae_lambda * alive
+    next_values = torch.cat((values[1:], last_value.unsqueeze(0)))
+    # First the errors of one step. Then each one takes in what follows it.
+    advantages = rewards + args.gamma * next_values * alive - values
+    for t in reversed(range(len(rewards) - 1)):
+        advantages[t] += decay[t] * advantages[t + 1]
     return advantages
 
 
@@ -386,13 +385,14 @@ LOSSES = ("a_loss", "c_loss", "entropy", "bounds_loss", "clipfrac")  # rl_games'
 
 def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Tensor, ...]:
     """The loss to minimise (), the policy's mean actions and standard deviations (n, A), and the
-    values of LOSSES (5,)."""
+    values of LOSSES with the KL divergence since the last pass over these rows (6,)."""
     mu, logstd, value = model(batch.obs)
     mu, value = mu.float(), value.float()  # bfloat16 is too coarse for ratios near 1
+    sigma = logstd.exp()
 
     # Schulman et al. 2017, equation 7. Where the ratio has left the clip range in the direction
     # that pays, the gradient is zero, so several passes cannot run off with the policy.
-    ratio = (log_prob(batch.actions, mu, logstd) - batch.logprobs).exp()
+    ratio = (log_prob(batch.actions, mu, sigma, logstd) - batch.logprobs).exp()
     clipped_ratio = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
     policy_loss = -torch.min(batch.advantages * ratio, batch.advantages * clipped_ratio).mean()
 
@@ -412,8 +412,10 @@ def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Tensor, ...]
     loss = policy_loss + 0.5 * args.vf_coef * value_loss
     loss = loss - args.ent_coef * entropy + args.bounds_loss_coef * bounds_loss
     clipfrac = (ratio != clipped_ratio).float().mean()
-    losses = torch.stack((policy_loss, value_loss, entropy, bounds_loss, clipfrac))
-    return loss, mu.detach(), logstd.detach().exp(), losses.detach()
+    mu, sigma = mu.detach(), sigma.detach()
+    kl = policy_kl(mu, sigma, batch.mus, batch.sigmas)
+    losses = torch.stack((policy_loss, value_loss, entropy, bounds_loss, clipfrac, kl))
+    return loss, mu, sigma, losses.detach()
 
 
 def policy_kl(mu: Tensor, sigma: Tensor, old_mu: Tensor, old_sigma: Tensor) -> Tensor:
@@ -454,16 +456,14 @@ def update(model, optimizer, lr: Tensor, batch: Batch, epoch: int, args: Args, l
             optimizer.zero_grad()
             loss.backward()
 
-            # How far the policy has moved since the last pass over these rows.
-            kl = policy_kl(mu, sigma, minibatch.mus, minibatch.sigmas)
             minibatch.mus.copy_(mu)
             minibatch.sigmas.copy_(sigma)
-            kl = average_gradients(model, kl)
+            kl = average_gradients(model, losses[-1])
             if args.max_grad_norm > 0:
                 nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
 
-            totals += torch.cat((losses, kl.view(1)))
+            totals += losses
             pass_kl += kl / len(minibatches)
             if args.schedule_type == "legacy":
                 lr.copy_(next_lr(lr, kl, epoch, args))
