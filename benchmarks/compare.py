@@ -2,14 +2,13 @@
 clock; one table.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/compare.py                             both tables, half an hour on 2 cores
+    python benchmarks/compare.py                             Cartpole, ten minutes on 2 cores
+    python benchmarks/compare.py --env ant --epochs 7        a task of Ant's size
     python benchmarks/compare.py --env mujoco-ant            examples/mujoco_ant.py; hours
-    python benchmarks/compare.py --trainers train_ppo skrl --env cartpole --repeats 1
-    python benchmarks/compare.py --one skrl --env cartpole   one training run: one line of JSON
+    python benchmarks/compare.py --one skrl                  one training run: one line of JSON
 
 Every run is a process of its own, one at a time. A round runs all trainers once, the next round in
-reverse order, so that a machine that gets slower or faster favours none. A short round before picks
-for each the number of threads with which it is faster.
+reverse order, so that a machine that gets slower or faster favours none.
 
     env steps/s   from the 4th rollout to the end of training, all included
     to 470        from process start, imports included, until the last 256 finished episodes have a
@@ -18,8 +17,7 @@ for each the number of threads with which it is faster.
 
 All of this is measured by the same code, in a wrapper around the env, and everyone trains the same
 number of epochs. train_ppo.py runs as its users run it, with TensorBoard, console lines and
-checkpoints; the others are freed from theirs where an option allows it. Code that is copied rather
-than installed from PyPI, such as CleanRL's and LeanRL's, is not in the table.
+checkpoints; the others are freed from theirs where an option allows it.
 """
 
 import argparse
@@ -52,11 +50,6 @@ if "--one" in sys.argv:
     BORROWED = time.time() - began
 
 EPOCHS = {"cartpole": 100, "ant": 23, "mujoco-ant": 300}
-SHORT = {
-    "cartpole": 30,
-    "ant": 6,
-    "mujoco-ant": 10,
-}  # epochs of the runs that pick the number of threads
 TARGETS = {"cartpole": 470.0, "ant": math.inf, "mujoco-ant": 3000.0}  # mean return
 WARM_UP = 3  # epochs before the clock of env steps/s starts
 # As in AntPPO.yaml; the rest as for Cartpole.
@@ -109,7 +102,6 @@ class Meter:
         self.finished = torch.zeros(num_steps, env.num_envs)  # where no episode ended: nan
         self.window = torch.zeros(0)
         self.returns = []
-        self.metres = []  # that the ants whose episode ended in this rollout have walked
 
     def __getattr__(self, name):
         return getattr(self.env, name)
@@ -120,11 +112,9 @@ class Meter:
     def step(self, actions):
         t = self.steps % len(self.finished)
         if t == 0:
-            self.rollouts.append((time.time(), time.process_time()))
-            self.metres.append([])
+            self.rollouts.append(time.time())
         obs, reward, done, infos = self.env.step(actions)
         self.steps += 1
-        self.metres[-1] += infos.get("episode", {}).get("metres", torch.zeros(0)).tolist()
         over = done.bool()
         self.running += reward
         self.finished[t] = torch.where(over, self.running, math.nan)
@@ -132,11 +122,8 @@ class Meter:
         if t == len(self.finished) - 1:
             self.window = torch.cat((self.window, self.finished[~self.finished.isnan()]))[-256:]
             self.returns.append(round(float(self.window.mean()), 1) if len(self.window) else None)
-            if (
-                self.solved is None
-                and len(self.window) == 256
-                and self.window.mean() >= self.target
-            ):
+            solved = len(self.window) == 256 and self.window.mean() >= self.target
+            if solved and self.solved is None:
                 self.solved = (time.time(), self.steps * self.num_envs)
         return obs, reward, done, infos
 
@@ -215,12 +202,11 @@ def rsl_rl(env, args, folder):
     from tensordict import TensorDict
 
     class Env(VecEnv):
-        num_envs, num_actions, max_episode_length = (
-            env.num_envs,
-            env.num_acts,
-            env.max_episode_length,
-        )
-        device, cfg = "cpu", {}
+        num_envs = env.num_envs
+        num_actions = env.num_acts
+        max_episode_length = env.max_episode_length
+        device = "cpu"
+        cfg = {}
         obs = env.reset()
 
         def get_observations(self):
@@ -230,41 +216,20 @@ def rsl_rl(env, args, folder):
             self.obs, reward, done, infos = env.step(actions)
             return self.get_observations(), args.reward_scale * reward, done, infos
 
-    net = {
-        "class_name": "MLPModel",
-        "hidden_dims": list(args.units),
-        "activation": args.activation,
-        "obs_normalization": True,
-    }
-    gaussian = {
-        "class_name": "GaussianDistribution",
-        "init_std": math.exp(args.sigma_init),
-        "std_type": "log",
-    }
-    algorithm = {
-        "class_name": "PPO",
-        "num_learning_epochs": args.update_epochs,
-        "num_mini_batches": args.num_envs * args.num_steps // args.minibatch_size,
-        "clip_param": args.clip_coef,
-        "use_clipped_value_loss": args.clip_vloss,
-        "gamma": args.gamma,
-        "lam": args.gae_lambda,
-        "value_loss_coef": 0.5 * args.vf_coef,
-        "entropy_coef": args.ent_coef,
-        "learning_rate": args.learning_rate,
-        "schedule": "adaptive",
-        "desired_kl": args.kl_threshold,
-        "max_grad_norm": args.max_grad_norm,
-    }
-    config = {
-        "num_steps_per_env": args.num_steps,
-        "save_interval": 10**9,
-        "check_for_nan": False,
-        "algorithm": algorithm,
-        "obs_groups": {"actor": ["obs"], "critic": ["obs"]},
-        "actor": {**net, "distribution_cfg": gaussian},
-        "critic": net,
-    }
+    net = dict(class_name="MLPModel", hidden_dims=list(args.units), activation=args.activation)
+    net.update(obs_normalization=True)
+    std = math.exp(args.sigma_init)
+    gaussian = dict(class_name="GaussianDistribution", init_std=std, std_type="log")
+    minibatches = args.num_envs * args.num_steps // args.minibatch_size
+    ppo = dict(class_name="PPO", num_learning_epochs=args.update_epochs)
+    ppo.update(num_mini_batches=minibatches, clip_param=args.clip_coef)
+    ppo.update(use_clipped_value_loss=args.clip_vloss, value_loss_coef=0.5 * args.vf_coef)
+    ppo.update(gamma=args.gamma, lam=args.gae_lambda, entropy_coef=args.ent_coef)
+    ppo.update(learning_rate=args.learning_rate, schedule="adaptive")
+    ppo.update(desired_kl=args.kl_threshold, max_grad_norm=args.max_grad_norm)
+    config = dict(num_steps_per_env=args.num_steps, save_interval=10**9, check_for_nan=False)
+    config.update(algorithm=ppo, obs_groups={"actor": ["obs"], "critic": ["obs"]})
+    config.update(actor={**net, "distribution_cfg": gaussian}, critic=net)
     OnPolicyRunner(Env(), config, log_dir=None, device="cpu").learn(args.max_epochs)
 
 
@@ -301,66 +266,45 @@ def skrl(env, args, folder):
             GaussianMixin.__init__(self, role="policy")
             DeterministicMixin.__init__(self, role="value")
             self.body = mlp(env.num_obs, args.units)
-            self.mu, self.value = (
-                torch.nn.Linear(args.units[-1], env.num_acts),
-                torch.nn.Linear(args.units[-1], 1),
-            )
+            self.mu = torch.nn.Linear(args.units[-1], env.num_acts)
+            self.value = torch.nn.Linear(args.units[-1], 1)
             self.log_std = torch.nn.Parameter(torch.full((env.num_acts,), args.sigma_init))
             self.features = None
 
         def act(self, inputs, *, role=""):
-            return (GaussianMixin if role == "policy" else DeterministicMixin).act(
-                self, inputs, role=role
-            )
+            mixin = GaussianMixin if role == "policy" else DeterministicMixin
+            return mixin.act(self, inputs, role=role)
 
         def compute(self, inputs, role=""):
             if role == "policy":
                 self.features = self.body(inputs["observations"])
                 return self.mu(self.features), {"log_std": self.log_std}
             features, self.features = self.features, None
-            return self.value(
-                self.body(inputs["observations"]) if features is None else features
-            ), {}
+            if features is None:
+                features = self.body(inputs["observations"])
+            return self.value(features), {}
 
     wrapped = Env(env)
-    shapes = {
-        "observation_space": wrapped.observation_space,
-        "action_space": wrapped.action_space,
-        "device": "cpu",
-    }
-    net = Net(**shapes)
-    config = {
-        "rollouts": args.num_steps,
-        "learning_epochs": args.update_epochs,
-        "mini_batches": args.num_envs * args.num_steps // args.minibatch_size,
-        "discount_factor": args.gamma,
-        "gae_lambda": args.gae_lambda,
-        "learning_rate": args.learning_rate,
-        "learning_rate_scheduler": KLAdaptiveLR,
-        "learning_rate_scheduler_kwargs": {"kl_threshold": args.kl_threshold},
-        "grad_norm_clip": args.max_grad_norm,
-        "ratio_clip": args.clip_coef,
-        "value_clip": 0.0,
-        "value_loss_scale": 0.5 * args.vf_coef,
-        "entropy_loss_scale": args.ent_coef,
-        "time_limit_bootstrap": True,
-        "rewards_shaper": lambda r, *_: args.reward_scale * r,
-        "observation_preprocessor": RunningStandardScaler,
-        "observation_preprocessor_kwargs": {"size": env.num_obs, "device": "cpu"},
-        "value_preprocessor": RunningStandardScaler,
-        "value_preprocessor_kwargs": {"size": 1, "device": "cpu"},
-        "experiment": {"directory": folder, "write_interval": 0, "checkpoint_interval": 0},
-    }
-    memory = RandomMemory(
-        memory_size=args.num_steps, num_envs=args.num_envs, device="cpu", replacement=False
-    )
-    agent = PPO(models={"policy": net, "value": net}, memory=memory, cfg=config, **shapes)
-    trainer = {
-        "timesteps": args.max_epochs * args.num_steps,
-        "headless": True,
-        "disable_progressbar": True,
-        "close_environment_at_exit": False,
-    }
+    shapes = dict(observation_space=wrapped.observation_space, action_space=wrapped.action_space)
+    net = Net(**shapes, device="cpu")
+    minibatches = args.num_envs * args.num_steps // args.minibatch_size
+    config = dict(rollouts=args.num_steps, learning_epochs=args.update_epochs)
+    config.update(mini_batches=minibatches, discount_factor=args.gamma, gae_lambda=args.gae_lambda)
+    config.update(learning_rate=args.learning_rate, learning_rate_scheduler=KLAdaptiveLR)
+    config["learning_rate_scheduler_kwargs"] = {"kl_threshold": args.kl_threshold}
+    config.update(grad_norm_clip=args.max_grad_norm, ratio_clip=args.clip_coef, value_clip=0.0)
+    config.update(value_loss_scale=0.5 * args.vf_coef, entropy_loss_scale=args.ent_coef)
+    config.update(time_limit_bootstrap=True, rewards_shaper=lambda r, *_: args.reward_scale * r)
+    for name, size in (("observation", env.num_obs), ("value", 1)):
+        config[f"{name}_preprocessor"] = RunningStandardScaler
+        config[f"{name}_preprocessor_kwargs"] = {"size": size, "device": "cpu"}
+    config["experiment"] = {"directory": folder, "write_interval": 0, "checkpoint_interval": 0}
+    memory = dict(memory_size=args.num_steps, num_envs=args.num_envs, device="cpu")
+    memory = RandomMemory(replacement=False, **memory)
+    models = {"policy": net, "value": net}
+    agent = PPO(models=models, memory=memory, cfg=config, device="cpu", **shapes)
+    trainer = dict(timesteps=args.max_epochs * args.num_steps, headless=True)
+    trainer.update(disable_progressbar=True, close_environment_at_exit=False)
     SequentialTrainer(cfg=trainer, env=wrapped, agents=agent).train()
 
 
@@ -407,35 +351,15 @@ def stable_baselines3(env, args, folder):
         def forward(self, obs):
             return self.mlp(obs)
 
-    venv = VecNormalize(
-        Env(env.num_envs, *spaces(env)),
-        norm_obs=True,
-        norm_reward=False,
-        clip_obs=5.0,
-        gamma=args.gamma,
-    )
-    ppo = PPO(
-        "MlpPolicy",
-        venv,
-        learning_rate=5e-3 if env.num_obs == 4 else args.learning_rate,
-        n_steps=args.num_steps,
-        batch_size=args.minibatch_size,
-        n_epochs=args.update_epochs,
-        gamma=args.gamma,
-        gae_lambda=args.gae_lambda,
-        clip_range=args.clip_coef,
-        clip_range_vf=None,
-        ent_coef=args.ent_coef,
-        vf_coef=0.5 * args.vf_coef,
-        max_grad_norm=args.max_grad_norm,
-        seed=args.seed,
-        device="cpu",
-        policy_kwargs={
-            "net_arch": [],
-            "features_extractor_class": Body,
-            "log_std_init": args.sigma_init,
-        },
-    )
+    venv = Env(env.num_envs, *spaces(env))
+    venv = VecNormalize(venv, norm_reward=False, clip_obs=5.0, gamma=args.gamma)
+    settings = dict(n_steps=args.num_steps, batch_size=args.minibatch_size)
+    settings.update(learning_rate=5e-3 if env.num_obs == 4 else args.learning_rate)
+    settings.update(n_epochs=args.update_epochs, gamma=args.gamma, gae_lambda=args.gae_lambda)
+    settings.update(clip_range=args.clip_coef, ent_coef=args.ent_coef, vf_coef=0.5 * args.vf_coef)
+    settings.update(max_grad_norm=args.max_grad_norm, seed=args.seed, device="cpu")
+    net = dict(net_arch=[], features_extractor_class=Body, log_std_init=args.sigma_init)
+    ppo = PPO("MlpPolicy", venv, policy_kwargs=net, **settings)
     ppo.learn(args.max_epochs * args.num_envs * args.num_steps, log_interval=None)
 
 
@@ -483,10 +407,9 @@ def one(name, which, threads, epochs, seed):
     env = Meter(env, args.num_steps, TARGETS[which])
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         TRAINERS[name][0](env, args, folder)
-        end, end_cpu = time.time(), time.process_time()
+        end = time.time()
     assert env.steps == epochs * args.num_steps, f"{env.steps} steps were taken"
     steps = (epochs - WARM_UP) * args.num_steps * env.num_envs
-    begin, begin_cpu = env.rollouts[WARM_UP]
     started = STARTED if name.startswith("train_ppo") else STARTED + BORROWED
     return {
         "trainer": name,
@@ -494,16 +417,12 @@ def one(name, which, threads, epochs, seed):
         "threads": threads,
         "seed": seed,
         "env_steps": env.steps * env.num_envs,
-        "seconds": end - env.rollouts[0][0],
-        "env_steps_per_second": steps / (end - begin),
-        # Not in the table; for machines that are busy with other things.
-        "env_steps_per_cpu_second": steps / (end_cpu - begin_cpu),
+        "env_steps_per_second": steps / (end - env.rollouts[WARM_UP]),
         "seconds_to_target": env.solved and env.solved[0] - started,
         "env_steps_to_target": env.solved and env.solved[1],
         "peak_mb": peak_mb(),
         # Of the last 256 episodes, after each epoch; for pictures.py.
         "returns": env.returns,
-        "metres": [round(statistics.mean(metres), 2) if metres else None for metres in env.metres],
     }
 
 
@@ -519,51 +438,27 @@ def run(name, which, threads, epochs, seed):
     return json.loads(done.stdout)
 
 
-def pick_threads(jobs, candidates, epochs):
-    """The number of threads that is fastest for each job: the best of two tries, since noise only
-    ever slows down."""
-    if len(candidates) == 1:
-        return dict.fromkeys(jobs, candidates[0])
-    tries = [
-        run(*job, count, min(SHORT[job[1]], epochs[job[1]]), 0)
-        for _ in range(2)
-        for job in jobs
-        for count in candidates
-    ]
-    tries.sort(
-        key=lambda result: result["env_steps_per_second"]
-    )  # of two the later, faster one stays
-    return {(result["trainer"], result["env"]): result["threads"] for result in tries}
-
-
 def median(runs, key):
     return statistics.median(math.inf if run[key] is None else run[key] for run in runs)
 
 
 def table(results, names, which):
-    """Markdown, of medians, for one task; results[name, which] are the runs."""
+    """Markdown, of medians; results[name] are the runs."""
     target = TARGETS[which]
-    header = ["", f"{which}: env steps/s", "peak MB", "threads"]
+    header = ["", f"{which}: env steps/s", "peak MB"]
     if math.isfinite(target):
         header += [f"seconds to {target:.0f}", f"env steps to {target:.0f}"]
     rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    ours = median(results[names[0]], "env_steps_per_second")
     for name in names:
-        runs = results[name, which]
+        runs = results[name]
         rate = median(runs, "env_steps_per_second")
-        row = [name, f"{rate / 1000:.0f}k"]
-        if ("train_ppo", which) in results:
-            ours = median(results["train_ppo", which], "env_steps_per_second")
-            row[-1] += f" ({rate / ours:.2f})"
-        row += [f"{median(runs, 'peak_mb'):.0f}", str(runs[0]["threads"])]
+        row = [name, f"{rate / 1000:.0f}k ({rate / ours:.2f})", f"{median(runs, 'peak_mb'):.0f}"]
         if math.isfinite(target):
+            seconds, env_steps = (median(runs, f"{x}_to_target") for x in ("seconds", "env_steps"))
+            row += [f"{seconds:.1f}", f"{env_steps / 1000:.0f}k"]
             solved = sum(run["env_steps_to_target"] is not None for run in runs)
-            if 2 * solved > len(runs):
-                row.append(f"{median(runs, 'seconds_to_target'):.1f}")
-                row.append(f"{median(runs, 'env_steps_to_target') / 1000:.0f}k")
-            else:
-                row += ["-", "-"]
-            if solved < len(runs):
-                row[-1] += f" ({solved} of {len(runs)} runs)"
+            row[-1] += f" ({solved} of {len(runs)} runs)" if solved < len(runs) else ""
         rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -581,21 +476,19 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
-    parser.add_argument("--env", nargs="+", choices=EPOCHS, default=["cartpole", "ant"])
+    parser.add_argument("--env", choices=EPOCHS, default="cartpole")
     parser.add_argument("--repeats", type=int, default=5)
-    what = "if more than one, a short round picks for each trainer"
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help=what)
+    parser.add_argument("--threads", type=int, default=1, help="of each trainer")
     parser.add_argument("--epochs", type=int, help=f"instead of {EPOCHS}; more than {WARM_UP}")
-    what = "one training run in this process, with the first of --env and --threads"
-    parser.add_argument("--one", choices=TRAINERS, help=what)
+    parser.add_argument("--one", choices=TRAINERS, help="one training run in this process")
     parser.add_argument("--seed", type=int, default=1, help="of --one; else the round is the seed")
     options = parser.parse_args()
     if options.epochs is not None and options.epochs <= WARM_UP:
         parser.error(f"--epochs must be more than {WARM_UP}")
-    epochs = {which: options.epochs or EPOCHS[which] for which in EPOCHS}
+    which = options.env
+    job = (which, options.threads, options.epochs or EPOCHS[which])
     if options.one:
-        which = options.env[0]
-        print(json.dumps(one(options.one, which, options.threads[0], epochs[which], options.seed)))
+        print(json.dumps(one(options.one, *job, options.seed)))
         return
 
     versions, names = {}, []
@@ -606,15 +499,13 @@ def main():
             names.append(name)
         except importlib.metadata.PackageNotFoundError:
             print(f"{name} is left out: {package} is not installed", file=sys.stderr)
-    jobs = [(name, which) for which in options.env for name in names]
-    threads = pick_threads(jobs, options.threads, epochs)
-    results = {job: [] for job in jobs}
+    results = {name: [] for name in names}
     for i in range(options.repeats):
-        for job in jobs[::-1] if i % 2 else jobs:
-            results[job].append(run(*job, threads[job], epochs[job[1]], i + 1))
-    for which in options.env:
-        print(table(results, names, which), end="\n\n")
-    print(f"Medians of {options.repeats} runs; in brackets relative to train_ppo.")
+        for name in names[::-1] if i % 2 else names:
+            results[name].append(run(name, *job, i + 1))
+    print(table(results, names, which), end="\n\n")
+    what = f"{options.threads} thread{'s' if options.threads > 1 else ''}"
+    print(f"Medians of {options.repeats} runs, {what}; in brackets relative to {names[0]}.")
     packages = ", ".join(f"{package} {version}" for package, version in versions.items())
     print(f"{describe_machine()}; {packages}.")
 
