@@ -47,7 +47,7 @@ import traceback
 import typing
 import urllib.request
 import zipfile
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from typing import Any, Callable, Dict, List, Literal, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -83,13 +83,13 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 # ARGUMENTS ========================================================================================
 # Where a value comes from, highest first: a flag; the checkpoint that is continued or played; the
 # task's own settings (<Task>PPO.yaml of IsaacGymEnvs, SETTINGS of your module); the default below.
+#
+# The names are CleanRL's, and `rl_games:` says what a <Task>PPO.yaml calls the same thing. Defaults
+# are those of CartpolePPO.yaml, but for value_bootstrap, which that file leaves off.
 
 
 @dataclass
-class Args:
-    """CleanRL's names; rl_games: what <Task>PPO.yaml calls it. Defaults are CartpolePPO.yaml's, but
-    for value_bootstrap, which that file leaves off."""
-
+class Run:
     env_id: str = "Cartpole"  # Cartpole, an IsaacGymEnvs task such as Ant, or module:factory
     sim: Literal["auto", "isaacgym", "torch"] = "auto"  # auto: isaacgym if installed
     num_envs: int = 512  # parallel environments in each process (rl_games: num_actors)
@@ -99,7 +99,6 @@ class Args:
     torch_threads: int = 1  # CPU threads; 1 is fastest for small networks, 0 is torch's own default
     headless: bool = True  # Isaac Gym without its viewer window
 
-    # the run
     experiment: str = ""  # name of the run's folder, made unique; empty: <env_id>_<date>_<time>
     train_dir: str = "runs"  # folder of all runs
     checkpoint: str = ""  # a run folder continues there, a .pth file starts a new run from there
@@ -111,15 +110,23 @@ class Args:
     best_metric: str = ""  # what best.pth goes by, such as Episode/success; empty: the mean reward
     games_to_track: int = 100  # finished episodes in the window of the mean reward
     strict_observers: bool = False  # an observer that raises ends training, for debugging it
+
+
+@dataclass
+class Play:
     play: bool = False  # run the policy of --checkpoint instead of training; writes nothing
     json: str = ""  # a file in which --play writes its results
 
-    # Weights & Biases
+
+@dataclass
+class WandB:
     track: bool = False  # log to Weights & Biases too; WANDB_MODE, WANDB_TAGS ... are obeyed
     wandb_project_name: str = "train_ppo"  # W&B project
     wandb_entity: str = ""  # W&B team or user; empty: your default
 
-    # PPO
+
+@dataclass
+class PPO:
     num_steps: int = 16  # steps of each environment in a rollout (rl_games: horizon_length)
     minibatch_size: int = 8192  # samples in a gradient step; a smaller rollout is one minibatch
     update_epochs: int = 8  # passes over each rollout (rl_games: mini_epochs)
@@ -146,12 +153,19 @@ class Args:
     mixed_precision: bool = False  # bfloat16 autocast in the update; on CUDA only
     compile: bool = False  # torch.compile policy, GAE and loss; CUDA graphs on CUDA
 
-    # network
+
+@dataclass
+class Network:
     units: Tuple[int, ...] = (32, 32)  # widths of the hidden layers
     activation: Literal["elu", "relu", "tanh", "selu", "gelu", "swish"] = "elu"  # of hidden layers
     separate: bool = False  # give the value function hidden layers of its own
     critic_units: Tuple[int, ...] = ()  # widths of the critic's own layers; empty: as --units
     sigma_init: float = 0.0  # log standard deviation of the actions at the start
+
+
+@dataclass
+class Args(Network, PPO, WandB, Play, Run):
+    """All of them, flat: args.gamma. --help shows a box for each of the classes, the last first."""
 
 
 # NETWORK ==========================================================================================
@@ -1965,11 +1979,20 @@ OWN_ARGS = "checkpoint init_from resume play json device experiment train_dir to
 NETWORK_ARGS = "units critic_units activation separate normalize_input normalize_value".split()
 
 
+def parse_flags(argv: Optional[Sequence[str]], default: Args) -> Args:
+    """The flags over these values. tyro draws a box in --help for each nested dataclass."""
+    kinds = Args.__bases__[::-1]
+    parts = [kind(**{f.name: getattr(default, f.name) for f in fields(kind)}) for kind in kinds]
+    nested = make_dataclass("Args", [(kind.__name__, kind) for kind in kinds])
+    about = dict(default=nested(*parts), description=__doc__.splitlines()[0])
+    found = tyro.cli(tyro.conf.OmitArgPrefixes[nested], args=argv, **about)
+    return Args(**{name: x for part in vars(found).values() for name, x in vars(part).items()})
+
+
 def parse_args(argv: Optional[Sequence[str]] = None):
     """Args, path and content of the checkpoint that they name. The flags are parsed twice, first
     to learn which checkpoint or task is meant, then over the values found there."""
-    parse = functools.partial(tyro.cli, Args, args=argv, description=__doc__.splitlines()[0])
-    first = parse(default=Args())
+    first = parse_flags(argv, Args())
     folder = os.path.join(first.train_dir, first.experiment)
     if first.resume and glob.glob(os.path.join(glob.escape(folder), "nn", "*.pth")):
         first = replace(first, checkpoint=folder)
@@ -1978,7 +2001,7 @@ def parse_args(argv: Optional[Sequence[str]] = None):
     found = inherited_args(first, path, state) if source else {}
     if "env_id" not in found:
         found = {**task_settings(first), **found}
-    args = parse(default=replace(Args(), **found))
+    args = parse_flags(argv, replace(Args(), **found))
     return replace(args, checkpoint=first.checkpoint), path, state
 
 

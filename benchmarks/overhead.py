@@ -60,7 +60,7 @@ def leave_out(name: str) -> None:
 
     def called(agent, *args, **kwargs):
         if agent.args.experiment == WITH:
-            function(agent, *args, **kwargs)
+            return function(agent, *args, **kwargs)
 
     setattr(train_ppo, name, called)
 
