@@ -96,7 +96,7 @@ class Run:
     seed: int = 42  # of Python, numpy and torch; each process adds its rank
     torch_deterministic: bool = False  # use deterministic torch kernels only (slower on a GPU)
     device: str = "auto"  # where simulation and policy run: auto, cpu, cuda, cuda:1
-    torch_threads: int = 1  # CPU threads; 1 is fastest for small networks, 0 is torch's own default
+    torch_threads: int = 1  # CPU threads; 1 is safe beside other processes, 0 is torch's choice
     headless: bool = True  # Isaac Gym without its viewer window
 
     experiment: str = ""  # name of the run's folder, made unique; empty: <env_id>_<date>_<time>
