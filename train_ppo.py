@@ -536,7 +536,6 @@ class PPOAgent:
         self.time_outs_seen = False
         self.metric_known = False  # best_metric was logged
         self.policy_metadata = policy_metadata(env)
-        self.wandb_run_id = ""
 
     def train(self) -> None:
         """Train until max_epochs or a stop signal."""
@@ -574,7 +573,6 @@ class PPOAgent:
 
     def open(self, run_dir: str, wandb_run_id: str) -> None:
         """Get ready to write into run_dir. `config` is what observers expect under this name."""
-        self.wandb_run_id = wandb_run_id
         self.config = dict(asdict(self.args), run_dir=run_dir, wandb_run_id=wandb_run_id)
         self.config["name"] = os.path.basename(run_dir)
         self.config.update({name: self.config[ours] for name, ours in RL_GAMES_NAMES.items()})
@@ -792,7 +790,7 @@ def check_step(step: Any, env, device: torch.device) -> Tuple[Any, ...]:
     rewards = check_shape(rewards, "step()'s reward", shape).to(device)
     dones = check_shape(dones, "step()'s done", shape)
     dones = dones.to(device, torch.bool, copy=True)  # observers keep it; it may be the env's own
-    time_outs = infos.get("time_outs", torch.zeros_like(dones))
+    time_outs = infos["time_outs"] if "time_outs" in infos else torch.zeros_like(dones)
     time_outs = check_shape(time_outs, "infos['time_outs']", shape).to(device, torch.bool)
     return check_obs(obs, "step()[0]", env).to(device), rewards, dones, time_outs, infos
 
@@ -1194,7 +1192,8 @@ class RLGPUAlgoObserver(AlgoObserver):
             together(dist.all_gather_object, everyone, mine)
             self.totals.clear()
             if RANK != 0:  # only rank 0 logs, so nothing may pile up here
-                return self.steps.clear()
+                self.steps.clear()
+                return
             for totals in everyone:
                 for tag, (total, n) in totals.items():
                     self.count(tag, total, n)
@@ -1405,7 +1404,7 @@ def agent_state(agent: PPOAgent, with_env: bool = True) -> Dict[str, Any]:
     state["rng"] = dict(torch=torch.get_rng_state(), cuda=cuda)
     state["episodes"] = [episodes.running, episodes.finished, episodes.count]
     state.update(obs=agent.obs, dones=agent.dones, observers=agent.algo_observer.state_dict())
-    state.update(first_epoch=agent.first_epoch, wandb_run_id=agent.wandb_run_id)
+    state.update(first_epoch=agent.first_epoch, wandb_run_id=agent.config["wandb_run_id"])
     return plain(state)
 
 
@@ -1753,8 +1752,7 @@ def make_run_dir(args: Args) -> str:
             run_dir = os.path.join(args.train_dir, name if n == 1 else f"{name}_{n}")
             os.makedirs(run_dir, exist_ok=args.resume)  # resumed before the first checkpoint
             break
-    for folder in ("nn", "code"):
-        os.makedirs(os.path.join(run_dir, folder), exist_ok=args.resume)
+    os.makedirs(os.path.join(run_dir, "nn"), exist_ok=args.resume)
     return run_dir
 
 
@@ -1765,16 +1763,18 @@ def describe_run(run_dir: str, args: Args, origin: str) -> None:
     about["versions"] = dict(versions, train_ppo=__version__)
     with open(os.path.join(run_dir, "config.json"), "w") as file:
         json.dump(about, file, indent=2)
-    for module in (__name__, "__main__", args.env_id.partition(":")[0]):
-        path = getattr(sys.modules.get(module), "__file__", None) or ""
+    folder = os.path.join(run_dir, "code")
+    os.makedirs(folder, exist_ok=True)
+    for name in (__name__, "__main__", args.env_id.partition(":")[0]):
+        path = getattr(sys.modules.get(name), "__file__", None) or ""
         if path.endswith(".py") and os.path.isfile(path):
-            shutil.copy(path, os.path.join(run_dir, "code"))
+            shutil.copy(path, folder)
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
     options = dict(stderr=subprocess.DEVNULL, timeout=10)
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         commit = subprocess.check_output([*git, "rev-parse", "HEAD"], **options)
         diff = subprocess.check_output([*git, "diff", "HEAD"], **options)
-        with open(os.path.join(run_dir, "code", "git.diff"), "wb") as file:
+        with open(os.path.join(folder, "git.diff"), "wb") as file:
             file.write(b"since commit " + commit + diff[: 10**7])  # bytes
 
 
@@ -1783,9 +1783,12 @@ class Runner:
 
     def __init__(self, args: Args, observer: MultiObserver, path: str = "", state=None):
         self.args = args
-        self.observer = observer
         self.path = path
         self.state = state
+        self.observer = observer
+        if RANK != 0:  # there the environments' reports are gathered, and nothing else
+            ours = [x for x in observer.observers if isinstance(x, RLGPUAlgoObserver)]
+            self.observer = MultiObserver(ours)
 
     def run(self) -> Dict[str, Any]:
         """Returns the figures of play, or of training."""
@@ -2043,11 +2046,9 @@ def main(argv: Optional[Sequence[str]] = None, observers: Sequence[AlgoObserver]
             args, path, state = parse_args(argv)
         except BrokenPipeError:  # --help | head
             sys.exit(1)
-        everyone: List[AlgoObserver] = [RLGPUAlgoObserver()]  # it gathers from all processes
-        if RANK == 0:
-            everyone += observers
-            # The last, because it sends what the others wrote.
-            everyone += [WandbAlgoObserver()] if args.track else []
+        everyone = [RLGPUAlgoObserver(), *observers]
+        if args.track:
+            everyone.append(WandbAlgoObserver())  # last: it sends what the others wrote
         observer = MultiObserver(everyone, args.strict_observers)
         result = Runner(args, observer, path, state).run()
     except (UserError, TrainingError) as exc:

@@ -66,13 +66,13 @@ class Synthetic:
 
     max_episode_length = 1000
 
-    def __init__(self, num_envs, num_obs=60, num_acts=8):
+    def __init__(self, num_envs, num_obs=60, num_acts=8, device="cpu"):
         self.num_envs = num_envs
         self.num_obs = num_obs
         self.num_acts = num_acts
-        self.device = torch.device("cpu")
-        self.pool = torch.randn(num_envs + 256, num_obs)
-        self.progress = torch.arange(num_envs) * self.max_episode_length // num_envs
+        self.device = torch.device(device)
+        self.pool = torch.randn(num_envs + 256, num_obs, device=device)
+        self.progress = torch.arange(num_envs, device=device) * self.max_episode_length // num_envs
         self.t = 0
 
     def reset(self):

@@ -19,7 +19,6 @@ It says what was seen, with the card's name, so that a result can be quoted:
 """
 
 import argparse
-import contextlib
 import os
 import re
 import subprocess
@@ -31,19 +30,19 @@ import torch
 import torch.distributed as dist
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+import compare
+
 import train_ppo
 from train_ppo import Args
+
+compare.torch = torch  # it imports torch only where it trains
 
 SCRIPT = os.path.join(os.path.dirname(HERE), "train_ppo.py")
 # Observations, actions, and what the tasks' yaml files say; the networks are theirs too.
 SIZES = {
     "Cartpole": (4, 1, {}),
-    "Ant": (
-        60,
-        8,
-        dict(num_envs=4096, minibatch_size=32768, update_epochs=4, units=(256, 128, 64)),
-    ),
+    "Ant": (60, 8, compare.ANT),
     "ShadowHand": (
         211,
         20,
@@ -56,28 +55,6 @@ SIZES = {
         ),
     ),
 }
-
-
-class Noise:
-    """An env of any size that costs next to nothing and stays on the device."""
-
-    max_episode_length = 1000
-
-    def __init__(self, num_envs, num_obs, num_acts, device):
-        self.num_envs = num_envs
-        self.num_obs = num_obs
-        self.num_acts = num_acts
-        self.pool = torch.randn(num_envs + 64, num_obs, device=device)
-        self.never = torch.zeros(num_envs, dtype=torch.bool, device=device)
-        self.t = 0
-
-    def reset(self):
-        self.t = (self.t + 1) % 64
-        return {"obs": self.pool[self.t : self.t + self.num_envs]}
-
-    def step(self, actions):
-        reward = 1.0 - actions.square().mean(1)
-        return self.reset(), reward, self.never, {"time_outs": self.never}
 
 
 def agent_for(env, args):
@@ -238,7 +215,7 @@ def matrix_rate(device, size=4096):
     return 3 * 2 * size**3 / (time.perf_counter() - start)
 
 
-def times(device, folder, epochs):
+def times(device, epochs):
     """Prints a row for each size and mode."""
     torch_device = train_ppo.pick_device(device)
     if torch_device.type == "cuda":
@@ -247,9 +224,9 @@ def times(device, folder, epochs):
     for name, (num_obs, num_acts, more) in SIZES.items():
         for mode in ("eager", "compiled"):
             args = Args(device=device, sim="torch", compile=mode == "compiled", **more)
-            noise = Noise(args.num_envs, num_obs, num_acts, torch_device)
-            cartpole = name == "Cartpole"
-            env = train_ppo.Cartpole(args.num_envs, torch_device) if cartpole else noise
+            env = compare.Synthetic(args.num_envs, num_obs, num_acts, torch_device)
+            if name == "Cartpole":
+                env = train_ppo.Cartpole(args.num_envs, torch_device)
             agent = agent_for(env, args)
             for _ in range(3):
                 epoch(agent)
@@ -299,8 +276,7 @@ def main():
                 good, seen = False, f"{type(exc).__name__}: {lines[-1]}"
             failed |= not good
             print(f"{what:10} {'good' if good else 'FAILED'}: {seen}", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            times(options.device, folder, options.epochs)
+        times(options.device, options.epochs)
     sys.exit(int(failed))
 
 

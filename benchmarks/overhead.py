@@ -40,7 +40,8 @@ class TurnTaking(train_ppo.Cartpole):
         if (algo.epoch_num - 1) % TURN == 0:
             self.pass_on()
             with turns:
-                turns.wait_for(lambda: whose[0] == self.job)
+                if not turns.wait_for(lambda: whose[0] == self.job, timeout=60):
+                    raise RuntimeError("the other job has ended early")
             self.start = time.perf_counter()
 
     def close(self):
