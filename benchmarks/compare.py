@@ -92,6 +92,8 @@ class Meter:
     """Wraps the env of every trainer alike. It notes when each rollout began, and the returns of
     finished episodes, looked at once a rollout."""
 
+    compilable = False
+
     def __init__(self, env, num_steps, target):
         self.env = env
         self.target = target
@@ -150,11 +152,14 @@ def mlp(size, units):
 
 def ours(env, args, folder):
     train_ppo.make_env = lambda _: env
-    args = dataclasses.replace(args, train_dir=folder)
+    # Nobody else saves while the clock runs.
+    unsaved = dict(save_frequency=0, save_best_after=args.max_epochs + 1)
+    args = dataclasses.replace(args, train_dir=folder, **unsaved)
     train_ppo.Runner(args, train_ppo.MultiObserver([train_ppo.RLGPUAlgoObserver()])).run()
 
 
 def ours_compiled(env, args, folder):
+    train_ppo.compiled([], env.env, env.device)  # not the Meter around it
     ours(env, dataclasses.replace(args, compile=True), folder)
 
 

@@ -82,7 +82,7 @@ def core(agent):
     args, buffer = agent.args, agent.buffer
     shaped = train_ppo.shape_rewards(buffer, args)
     last_value = agent.model.value(agent.obs)
-    advantages = agent.gae(shaped, buffer["values"], buffer["dones"], last_value, args)
+    advantages = train_ppo.gae(shaped, buffer["values"], buffer["dones"], last_value, args)
     batch = train_ppo.make_batch(buffer, advantages)
     return train_ppo.update(agent.model, agent.optimizer, agent.lr, batch, 1, args, agent.loss_fn)
 
