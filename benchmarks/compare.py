@@ -16,8 +16,8 @@ reverse order, so that a machine that gets slower or faster favours none.
     peak memory   the largest resident set of the process
 
 All of this is measured by the same code, in a wrapper around the env, and everyone trains the same
-number of epochs. train_ppo.py runs as its users run it, with TensorBoard, console lines and
-checkpoints; the others are freed from theirs where an option allows it.
+number of epochs. Nobody saves while the clock runs; train_ppo.py and rl_games write their curves,
+and the others are freed of theirs.
 """
 
 import argparse
@@ -152,7 +152,6 @@ def mlp(size, units):
 
 def ours(env, args, folder):
     train_ppo.make_env = lambda _: env
-    # Nobody else saves while the clock runs.
     unsaved = dict(save_frequency=0, save_best_after=args.max_epochs + 1)
     args = dataclasses.replace(args, train_dir=folder, **unsaved)
     train_ppo.Runner(args, train_ppo.MultiObserver([train_ppo.RLGPUAlgoObserver()])).run()
