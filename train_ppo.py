@@ -694,8 +694,7 @@ class Cartpole:
         fell = (x.abs() > 3.0) | (theta.abs() > math.pi / 2)
         reward = 1.0 - theta.square() - 0.01 * x_dot.abs() - 0.005 * theta_dot.abs()
         reward = torch.where(fell, -2.0, reward)
-        # As in VecTask, an episode that fails on its last tick counts as timed out.
-        late = self.progress >= self.max_episode_length - 1
+        late = self.progress >= self.max_episode_length - 1  # also if it fell, as in VecTask
         self.reset_buf = (fell | late).long()
         return self.reset(), reward, self.reset_buf, {"time_outs": late}
 
@@ -703,8 +702,7 @@ class Cartpole:
         """Semi-implicit Euler on the equations of motion; a positive angle leans to negative x.
 
         (M + m) x'' - m l cos(th) th'' = F - m l sin(th) th'^2
-        (I + m l^2) th'' - m l cos(th) x'' = m g l sin(th)
-        """
+        (I + m l^2) th'' - m l cos(th) x'' = m g l sin(th)"""
         cart, pole, length, gravity = 1.0, 1.0, 0.47, 9.81  # kg, kg, m to the centre, m/s^2
         inertia = pole * (0.06**2 + 1.0**2) / 12 + pole * length * length  # a box, about the hinge
         x, x_dot, theta, theta_dot = self.state
@@ -732,8 +730,7 @@ class Cartpole:
 
 def uses_isaacgym(args: Args) -> bool:
     """Whether Isaac Gym simulates this task. A broken installation is an error, not a fallback."""
-    absent = args.sim == "auto" and ISAACGYM_ERROR == "it is not installed"
-    if absent or args.sim == "torch" or ":" in args.env_id:
+    if args.sim == "torch" or (args.sim == "auto" and ISAACGYM_ERROR == "it is not installed"):
         return False
     if ISAACGYM_ERROR:
         raise UserError(f"Isaac Gym cannot be used: {ISAACGYM_ERROR}; --sim torch has Cartpole")
@@ -840,10 +837,9 @@ def compose_isaacgym_config(args: Args, num_envs: Any = ""):
     folder = os.path.join(os.path.dirname(os.path.abspath(isaacgymenvs.__file__)), "cfg")
     device = pick_device(args.device)
     # sim_device alone is not enough: the pipeline and physx.use_gpu are the config's to decide.
-    pipeline = "gpu" if device.type == "cuda" else "cpu"
     overrides = f"task={args.env_id} num_envs={num_envs} seed={args.seed} headless={args.headless}"
-    overrides += f" sim_device={device} rl_device={device} pipeline={pipeline}"
-    overrides += f" graphics_device_id={device.index or 0}"
+    overrides += f" sim_device={device} rl_device={device} graphics_device_id={device.index or 0}"
+    overrides += " pipeline=gpu" if device.type == "cuda" else " pipeline=cpu"
     try:
         with initialize_config_dir(config_dir=folder, version_base=None):
             return compose(config_name="config", overrides=overrides.split())
@@ -891,9 +887,8 @@ def task_settings(args: Args) -> Dict[str, Any]:
 
 def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
     """Arguments from a <Task>PPO.yaml. UserError rather than training without what it asks for."""
-    # What rl_games does where the file says nothing.
-    absent = dict(value_bootstrap=False, normalize_value=False, save_best_after=100)
-    config, network = {**absent, **params["config"]}, params["network"]
+    defaults = dict(value_bootstrap=False, normalize_value=False, save_best_after=100)  # rl_games'
+    config, network = {**defaults, **params["config"]}, params["network"]
     space, mlp = network.get("space") or {}, network.get("mlp") or {}
     normal = space.get("continuous") or {}
     off = (None, "None", False, 0)
@@ -924,19 +919,17 @@ def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
     reasons = ", ".join(what for is_asked, what in refused if is_asked)
     if reasons:
         raise UserError(f"--env-id {task} cannot be trained here: its settings ask for {reasons}")
-
     if not config.get("truncate_grads"):
         config["grad_norm"] = 0.0
     if config.get("lr_schedule") not in ("adaptive", "linear"):  # constant, identity, None ...
         config["lr_schedule"] = "fixed"
     config["bounds_loss_coef"] = config.get("bounds_loss_coef") or 0.0
-    config["reward_scale"] = shaper.get("scale_value", 1.0)
-    config.update(units=mlp.get("units", ()), activation=activation)
-    config["separate"] = network.get("separate", False)
+    config.update(units=mlp.get("units", ()), reward_scale=shaper.get("scale_value", 1.0))
+    config.update(activation=activation, separate=network.get("separate", False))
+    config["sigma_init"] = normal.get("sigma_init", {}).get("val", 0.0)
     if critic:
         config["critic_units"] = critic_mlp.get("units", ())
         warn(f"{task}PPO.yaml has a central value network: here it shares the actor's optimizer")
-    config["sigma_init"] = normal.get("sigma_init", {}).get("val", 0.0)
     settings = {}
     for key in sorted(config.keys() - set(NO_EFFECT)):
         name, value = RL_GAMES_NAMES.get(key, key), config[key]
@@ -1030,8 +1023,7 @@ def collect_figures(agent: PPOAgent, losses: Tensor, batch: Batch) -> Dict[str, 
     weights = agent.model.state_dict().values()  # and statistics
     tensors["weights"] = torch.stack([x.float().sum() for x in weights]).sum()
     tensors.update(zip(EPISODE_SUMS, window.sum(0)))
-    counts = agent.lr.new_tensor([len(window), agent.stop_signal])
-    tensors.update(zip(("finished", "stop"), counts))
+    tensors.update(zip(("finished", "stop"), agent.lr.new_tensor([len(window), agent.stop_signal])))
     figures = dict(zip(tensors, average(torch.stack(list(tensors.values()))).tolist()))
     for name in (*LOSSES, "kl", "weights"):
         if not math.isfinite(figures[name]):
@@ -1106,9 +1098,8 @@ class Writer(SummaryWriter):
         self.works = True
 
     def add_scalar(self, tag, scalar_value, global_step=None, *args, **kwargs) -> None:
-        self.scalars[tag] = float(scalar_value)
-        value = Summary.Value(tag=tag, simple_value=self.scalars[tag])
-        self.steps[int(global_step or 0)].append(value)
+        self.scalars[tag] = value = float(scalar_value)
+        self.steps[int(global_step or 0)].append(Summary.Value(tag=tag, simple_value=value))
 
     def add_on_axes(self, name: str, value: float, **steps: float) -> None:
         """A scalar over several x-axes: one tag for each."""
@@ -1139,8 +1130,7 @@ class AlgoObserver:
     after_print_stats  at the end of an epoch: log here; frame: env steps; total_time: seconds
     close              the run ends
     state_dict         what to keep in checkpoints: tensors, numbers, strings, lists and dicts
-    load_state_dict    gets it back, after after_init, when a run is continued
-    """
+    load_state_dict    gets it back, after after_init, when a run is continued"""
 
     def after_init(self, algo: PPOAgent) -> None:
         self.algo = algo
@@ -1307,12 +1297,11 @@ class WandbAlgoObserver(AlgoObserver):
                     self.give_up("did not take everything in time")
 
     def finish(self) -> None:
-        algo = self.algo
-        self.run.summary["stop_reason"] = stop_reason(algo)
+        algo, summary = self.algo, self.run.summary
+        summary["stop_reason"] = stop_reason(algo)
         if algo.best_epoch:
-            best = dict(best_reward=algo.last_mean_rewards, best_epoch=algo.best_epoch)
-            best["best_metric"] = algo.args.best_metric or "mean reward"
-            self.run.summary.update(best)
+            summary.update(dict(best_reward=algo.last_mean_rewards, best_epoch=algo.best_epoch))
+            summary["best_metric"] = algo.args.best_metric or "mean reward"
         # W&B <= 0.24 writes its file in blocks of 32 KiB. Repeating the config, 1 KiB or more,
         # pushes the last rows out before the server is waited for.
         for _ in range(32):
@@ -1381,10 +1370,9 @@ class MultiObserver(AlgoObserver):
         return [[type(x).__name__, self.ask(x, "state_dict")] for x in self.everyone]
 
     def load_state_dict(self, states: List[Any]) -> None:
-        left = list(states)
         for observer in self.everyone:
-            mine = next((entry for entry in left if entry[0] == type(observer).__name__), None)
-            left = [entry for entry in left if entry is not mine]
+            mine = next((entry for entry in states if entry[0] == type(observer).__name__), None)
+            states = [entry for entry in states if entry is not mine]  # those that are left
             if mine and mine[1]:
                 self.ask(observer, "load_state_dict", mine[1])
 
@@ -1406,23 +1394,20 @@ CONVERT = "if it is rl_games', convert it: python tools/from_rl_games.py {} ours
 def agent_state(agent: PPOAgent, with_env: bool = True) -> Dict[str, Any]:
     """All that the run is, as a checkpoint keeps it; with_env: the state of the simulation too."""
     env, episodes, optimizer = agent.env, agent.episodes, agent.optimizer.state_dict()
-    for group in optimizer["param_groups"]:
-        group.update(lr=float(agent.lr), fused=None)  # as rl_games has them
+    optimizer["param_groups"][0].update(lr=float(agent.lr), fused=None)  # as rl_games has them
     cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
     state = {name: getattr(agent, name) for name in COUNTERS}
-    state.update(format_version=FORMAT_VERSION, version=__version__, epoch=agent.epoch_num)
-    state.update(args=asdict(agent.args), policy_metadata=agent.policy_metadata)
-    state.update(model=agent.model.state_dict(), optimizer=optimizer)
+    state.update(format_version=FORMAT_VERSION, version=__version__, args=asdict(agent.args))
+    state.update(model=agent.model.state_dict(), optimizer=optimizer, epoch=agent.epoch_num)
     state.update(num_obs=int(env.num_obs), num_acts=int(env.num_acts))
     if agent.num_states:
         state["num_states"] = agent.num_states
     state["clip_obs"] = float(getattr(env, "clip_obs", None) or math.inf)
-    with_env = with_env and hasattr(env, "get_env_state")
-    state["env_state"] = env.get_env_state() if with_env else None
-    state["rng"] = dict(torch=torch.get_rng_state(), cuda=cuda)
+    state["env_state"] = env.get_env_state() if with_env and hasattr(env, "get_env_state") else None
+    state.update(rng=dict(torch=torch.get_rng_state(), cuda=cuda), first_epoch=agent.first_epoch)
     state["episodes"] = [episodes.running, episodes.finished, episodes.count]
     state.update(obs=agent.obs, dones=agent.dones, observers=agent.algo_observer.state_dict())
-    state.update(first_epoch=agent.first_epoch, wandb_run_id=agent.config["wandb_run_id"])
+    state.update(policy_metadata=agent.policy_metadata, wandb_run_id=agent.config["wandb_run_id"])
     return plain(state)
 
 
@@ -1464,10 +1449,9 @@ def load_weights(model: ActorCritic, state: Dict[str, Any], path: str) -> None:
     """Load weights and statistics. UserError if they, or Adam's moments, do not fit this model."""
     with reading(path):
         check_like(state["model"], dict(model.state_dict()), "model")
-        moments = state["optimizer"]["state"]
         for i, parameter in enumerate(model.parameters()):
             fresh = dict(step=torch.zeros(()), exp_avg=parameter, exp_avg_sq=parameter)
-            check_like(moments.get(i, fresh), fresh, f"optimizer.{i}")
+            check_like(state["optimizer"]["state"].get(i, fresh), fresh, f"optimizer.{i}")
         model.load_state_dict(state["model"])
 
 
@@ -1494,8 +1478,7 @@ def restore_agent(agent: PPOAgent, state: Dict[str, Any], path: str) -> bool:
         # Without exact_state the env's state is something like a curriculum: it fits any num_envs.
         env, whole = agent.env, getattr(agent.env, "exact_state", False)
         can_be_set = state["env_state"] is not None and hasattr(env, "set_env_state")
-        same_size = state["obs"].shape == agent.obs.shape and WORLD_SIZE == 1
-        exact = can_be_set and whole and same_size
+        exact = state["obs"].shape == agent.obs.shape and can_be_set and whole and WORLD_SIZE == 1
         if can_be_set and (exact or not whole):
             env.set_env_state(state["env_state"])
         if exact:
@@ -1526,8 +1509,7 @@ def reading(path: str):
 def save_checkpoints(agent: PPOAgent, score: float, finished: float) -> None:
     """best.pth and epoch_<N>.pth, if it is time for them. finished: episodes in the window."""
     args, epoch = agent.args, agent.epoch_num
-    # The first episodes to end are the short ones. So wait until every environment has run for
-    # max_episode_length, and the window is full.
+    # The first episodes to end are the short ones, so wait for the others, and for a full window.
     steps = (epoch - agent.first_epoch) * args.num_steps
     fair = steps >= agent.max_episode_length and finished == args.games_to_track
     if fair and epoch >= args.save_best_after and score > agent.last_mean_rewards:
@@ -1605,7 +1587,6 @@ def find_checkpoint(path: str) -> Tuple[str, Dict[str, Any]]:
     """(file, content) of a file, or of a run folder's readable file with the highest epoch."""
     if not os.path.isdir(path):
         return path, load_checkpoint(path)
-
     numbered = []  # (N, file) of epoch_<N>.pth, after last.pth and best.pth
     for file in glob.glob(os.path.join(glob.escape(path), "nn", "*.pth")):
         match = re.fullmatch(r"(?:last|best|epoch_(\d+))\.pth", os.path.basename(file))
@@ -1667,7 +1648,6 @@ CLOSE_PATIENCE = 20.0  # seconds that an env has to close
 def close_env(env, code: int) -> None:
     """Close the env, in the main thread as OpenGL requires. Everything is saved by then, so an
     exception is only a warning, and an env that hangs ends the program with `code`."""
-
     error = sys.exc_info()[1]
 
     def give_up():
@@ -1696,8 +1676,7 @@ def check_args(args: Args) -> None:
     for field in fields(Args):
         value, least = getattr(args, field.name), int(field.name in positive)
         any_sign = field.name in ("seed", "reward_scale", "sigma_init")
-        # Unlike value < least, the comparison also catches nan.
-        if field.type in (int, float) and not any_sign and not value >= least:
+        if field.type in (int, float) and not any_sign and not value >= least:  # true for nan, too
             raise UserError(f"--{field.name.replace('_', '-')} must be >= {least}, not {value}")
     if any(width < 1 for width in (*args.units, *args.critic_units)):
         raise UserError("--units and --critic-units must be positive")
@@ -1777,10 +1756,9 @@ def make_run_dir(args: Args) -> str:
 def describe_run(run_dir: str, args: Args, origin: str) -> None:
     """Write config.json and code/: this file, the script started, the env's module, git's diff."""
     about = dict(args=asdict(args), origin=origin, command=shlex.join([sys.executable, *sys.argv]))
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__)
-    about["versions"] = dict(versions, train_ppo=__version__)
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, train_ppo=__version__)
     with open(os.path.join(run_dir, "config.json"), "w") as file:
-        json.dump(about, file, indent=2)
+        json.dump(dict(about, versions=versions), file, indent=2)
     folder = os.path.join(run_dir, "code")
     os.makedirs(folder, exist_ok=True)
     for name in (__name__, "__main__", args.env_id.partition(":")[0]):
@@ -1811,10 +1789,9 @@ class Runner:
         self.args = args
         self.path = path
         self.state = state
-        self.observer = observer
-        if RANK != 0:  # there the environments' reports are gathered, and nothing else
-            ours = [x for x in observer.observers if isinstance(x, RLGPUAlgoObserver)]
-            self.observer = MultiObserver(ours)
+        # On the other ranks the environments' reports are gathered, and nothing else.
+        ours = [x for x in observer.observers if isinstance(x, RLGPUAlgoObserver)]
+        self.observer = observer if RANK == 0 else MultiObserver(ours)
 
     def run(self) -> Dict[str, Any]:
         """Returns the figures of play, or of training."""
@@ -1885,7 +1862,7 @@ class Runner:
             if agent.whole_epoch:  # the weights are those of a complete epoch
                 agent.epoch_num = agent.whole_epoch
                 with contextlib.suppress(Exception):  # the first exception is the one to see
-                    save(agent, "last.pth", with_env=False)  # the simulation may be broken
+                    save(agent, "last.pth", final=True, with_env=False)  # the env may be broken
             raise
         finally:
             observer.close()
@@ -1983,9 +1960,8 @@ def report(agent: PPOAgent) -> None:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))  # processes on this machine
     script = sys.argv[0] if sys.argv[0].endswith(".py") else __file__  # one with own observers?
     script = shlex.quote(os.path.relpath(script))
-    launcher = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node={here}"
-    if WORLD_SIZE > here:
-        launcher += f" --nnodes={WORLD_SIZE // here} ..."
+    nodes = f" --nnodes={WORLD_SIZE // here} ..." if WORLD_SIZE > here else ""
+    launcher = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node={here}{nodes}"
     name = "best.pth" if os.path.exists(os.path.join(agent.nn_dir, "best.pth")) else "last.pth"
     more = "" if agent.stop_signal else f" --max-epochs {2 * args.max_epochs}"
     env = f" --env-id {args.env_id}" if ":" in args.env_id else ""
@@ -1994,13 +1970,11 @@ def report(agent: PPOAgent) -> None:
     if math.isfinite(agent.last_mean_rewards):
         best = f"best {args.best_metric}" if args.best_metric else "best"
         reward += f", {best} {agent.last_mean_rewards:.2f} in epoch {agent.best_epoch}"
-    log(
-        f"\nstopped after epoch {agent.epoch_num} ({stop_reason(agent)}), {reward}\n"
-        f"files     {run_dir}\n"
-        f"play      python {script} --play --checkpoint {folder}/nn/{name}{env}\n"
-        f"continue  {launcher} {script} --checkpoint {folder}{more}{env}\n"
-        f"curves    tensorboard --logdir {folder}/summaries"
-    )
+    log(f"\nstopped after epoch {agent.epoch_num} ({stop_reason(agent)}), {reward}")
+    log(f"files     {run_dir}")
+    log(f"play      python {script} --play --checkpoint {folder}/nn/{name}{env}")
+    log(f"continue  {launcher} {script} --checkpoint {folder}{more}{env}")
+    log(f"curves    tensorboard --logdir {folder}/summaries")
 
 
 # Arguments that a checkpoint does not pass on: they say what this start of the program is for.
@@ -2026,22 +2000,18 @@ def parse_args(argv: Optional[Sequence[str]] = None):
     if first.resume and glob.glob(os.path.join(glob.escape(folder), "nn", "*.pth")):
         first = replace(first, checkpoint=folder)
     source = first.checkpoint or first.init_from
-    path, state = find_checkpoint(source) if source else ("", None)
-    found = inherited_args(first, path, state) if source else {}
+    path, state, found = "", None, {}
+    if source:
+        path, state = find_checkpoint(source)
+        names = vars(first).keys() - set(OWN_ARGS) if first.checkpoint else NETWORK_ARGS
+        found = checked({k: v for k, v in state["args"].items() if k in names}, path)
+    env_id = found.get("env_id", "")
+    if ":" in env_id and first.env_id == Args.env_id:  # a checkpoint must not choose code to run
+        raise UserError(f"{path} was trained on your own env: repeat its flag, --env-id {env_id}")
     if "env_id" not in found:
         found = {**task_settings(first), **found}
     args = parse_flags(argv, replace(Args(), **found))
     return replace(args, checkpoint=first.checkpoint), path, state
-
-
-def inherited_args(first: Args, path: str, state: Dict[str, Any]) -> Dict[str, Any]:
-    """The checkpoint's arguments. It chooses no code: module:factory must come from a flag."""
-    names = vars(first).keys() - set(OWN_ARGS) if first.checkpoint else NETWORK_ARGS
-    found = checked({k: v for k, v in state["args"].items() if k in names}, path)
-    env_id = found.get("env_id", "")
-    if ":" in env_id and first.env_id == Args.env_id:
-        raise UserError(f"{path} was trained on your own env: repeat its flag, --env-id {env_id}")
-    return found
 
 
 def checked(values: Dict[str, Any], origin: str) -> Dict[str, Any]:
@@ -2072,10 +2042,8 @@ def main(argv: Optional[Sequence[str]] = None, observers: Sequence[AlgoObserver]
             args, path, state = parse_args(argv)
         except BrokenPipeError:  # --help | head
             sys.exit(1)
-        everyone = [RLGPUAlgoObserver(), *observers]
-        if args.track:
-            everyone.append(WandbAlgoObserver())  # last: it sends what the others wrote
-        observer = MultiObserver(everyone, args.strict_observers)
+        wandb = [WandbAlgoObserver()] if args.track else []  # last: it sends what the others wrote
+        observer = MultiObserver([RLGPUAlgoObserver(), *observers, *wandb], args.strict_observers)
         result = Runner(args, observer, path, state).run()
     except (UserError, TrainingError) as exc:
         if RANK == 0 or isinstance(exc, TrainingError):
@@ -2086,10 +2054,9 @@ def main(argv: Optional[Sequence[str]] = None, observers: Sequence[AlgoObserver]
         sys.exit(128 + signal.SIGINT)
     finally:
         # At its exit Python would complain about a pipe that is gone, and change the exit code.
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             try:
-                if stream is not None:
-                    stream.flush()
+                stream.flush()
             except (OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     code = exit_code(result.get("stop_signal", 0))
