@@ -481,8 +481,7 @@ def update(model, optimizer, lr: Tensor, batch: Batch, epoch: int, args: Args, l
                 model.update_statistics(minibatch.obs)
             with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
                 loss, mu, sigma, losses = loss_fn(model, minibatch, args)
-            for parameter in parameters:
-                parameter.grad = None
+            optimizer.zero_grad()
             loss.backward()
 
             minibatch.mus.copy_(mu)
@@ -1789,9 +1788,10 @@ class Runner:
         self.args = args
         self.path = path
         self.state = state
-        # On the other ranks the environments' reports are gathered, and nothing else.
-        ours = [x for x in observer.observers if isinstance(x, RLGPUAlgoObserver)]
-        self.observer = observer if RANK == 0 else MultiObserver(ours)
+        self.observer = observer
+        if RANK != 0:  # there the environments' reports are gathered, and nothing else
+            ours = [x for x in observer.observers if isinstance(x, RLGPUAlgoObserver)]
+            self.observer = MultiObserver(ours)
 
     def run(self) -> Dict[str, Any]:
         """Returns the figures of play, or of training."""
@@ -2000,18 +2000,22 @@ def parse_args(argv: Optional[Sequence[str]] = None):
     if first.resume and glob.glob(os.path.join(glob.escape(folder), "nn", "*.pth")):
         first = replace(first, checkpoint=folder)
     source = first.checkpoint or first.init_from
-    path, state, found = "", None, {}
-    if source:
-        path, state = find_checkpoint(source)
-        names = vars(first).keys() - set(OWN_ARGS) if first.checkpoint else NETWORK_ARGS
-        found = checked({k: v for k, v in state["args"].items() if k in names}, path)
-    env_id = found.get("env_id", "")
-    if ":" in env_id and first.env_id == Args.env_id:  # a checkpoint must not choose code to run
-        raise UserError(f"{path} was trained on your own env: repeat its flag, --env-id {env_id}")
+    path, state = find_checkpoint(source) if source else ("", None)
+    found = inherited_args(first, path, state) if source else {}
     if "env_id" not in found:
         found = {**task_settings(first), **found}
     args = parse_flags(argv, replace(Args(), **found))
     return replace(args, checkpoint=first.checkpoint), path, state
+
+
+def inherited_args(first: Args, path: str, state: Dict[str, Any]) -> Dict[str, Any]:
+    """The checkpoint's arguments. It chooses no code: module:factory must come from a flag."""
+    names = vars(first).keys() - set(OWN_ARGS) if first.checkpoint else NETWORK_ARGS
+    found = checked({k: v for k, v in state["args"].items() if k in names}, path)
+    env_id = found.get("env_id", "")
+    if ":" in env_id and first.env_id == Args.env_id:
+        raise UserError(f"{path} was trained on your own env: repeat its flag, --env-id {env_id}")
+    return found
 
 
 def checked(values: Dict[str, Any], origin: str) -> Dict[str, Any]:
