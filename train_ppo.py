@@ -1,35 +1,39 @@
-"""PPO for Isaac Gym in one file: train, log, save, continue, play.
+"""PPO for Isaac Gym in one file: train, log, save, continue.
 
     python train_ppo.py                                 train the built-in Cartpole, on any machine
     python train_ppo.py --env-id Ant --track            an IsaacGymEnvs task, logged to W&B too
     python train_ppo.py --env-id my_module:make_env     your own batched environment
     python train_ppo.py --checkpoint runs/NAME          continue a run where it stopped
-    python train_ppo.py --play --checkpoint runs/NAME   evaluate its policy
+    python tools/evaluate.py runs/NAME                  evaluate its policy
     torchrun --nproc-per-node=2 train_ppo.py            train on two GPUs
 
-It computes what rl_games 1.6.1 computes, update after update (benchmarks/fidelity.py). Read it from
-the top: `PPOAgent.train` is the outline of the algorithm, and there you may stop. The sections:
+It computes what rl_games 1.6.1 computes, as benchmarks/fidelity.py shows. One epoch:
+
+    env.step -> rollout -> gae -> make_batch -> update -> log, save
+       ^           |                              |
+       +- actions -+<-------- new weights --------+
+
+`PPOAgent.train` is this diagram as code. Read from here to its end, and you know the algorithm.
 
     ARGUMENTS      Args
-    NETWORK        RunningMeanStd, ActorCritic; put another network here
+    NETWORK        RunningMeanStd, ActorCritic, the Gaussian policy; put another network here
     PPO            rollout, gae, make_batch, ppo_loss, update; PPOAgent with the loop
+    PROCESSES      averages over several GPUs
     ENVIRONMENTS   Cartpole in plain torch, Isaac Gym, module:factory
     METRICS        what is measured, and its way to the console, TensorBoard and W&B
     CHECKPOINTS    what they hold, when they are written, how they are read
-    RUNNER         evaluation, run folder, stop signals, command line
+    RUNNER         run folder, stop signals, command line
 
 Shapes: T = num_steps, E = num_envs, N = T * E, O = num_obs, A = num_acts; S = num_states, which is
 0 unless the environment has privileged states for the critic.
 """
 
-import collections
 import contextlib
 import ctypes
 import errno
 import functools
 import glob
-import importlib.util
-import inspect
+import importlib
 import io
 import json
 import math
@@ -38,102 +42,96 @@ import pickle
 import random
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
-import typing
-import urllib.request
 import zipfile
-from dataclasses import asdict, dataclass, fields, make_dataclass, replace
-from typing import Any, Callable, Dict, List, Literal, NamedTuple, Optional, Sequence, Tuple
+from collections import defaultdict
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from typing import Any, Dict, List, Literal, NewType, Optional, Sequence, Tuple
+from unittest import mock
 
 import numpy as np
 
 # isaacgym refuses to be imported after torch, so it comes first.
-ISAACGYM_ERROR: Optional[str] = "it is not installed"  # None once it is imported
-if importlib.util.find_spec("isaacgym") is not None:
-    vars(np).setdefault("float", float)  # isaacgym.torch_utils uses np.float, gone since numpy 1.24
-    try:
-        import isaacgym  # noqa: F401
-
-        ISAACGYM_ERROR = None
-    except Exception as exc:
-        ISAACGYM_ERROR = f"importing it failed: {exc}"
+ISAACGYM_ERROR = ""
+try:
+    vars(np).setdefault("float", float)  # isaacgym.torch_utils uses it, gone since numpy 1.24
+    import isaacgym  # noqa: F401
+except Exception as exc:  # most often: it is not installed
+    ISAACGYM_ERROR = str(exc)
 
 import torch
 import torch.distributed as dist
 import tyro
-from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 
-# Several GPUs: torchrun starts WORLD_SIZE processes, numbered by RANK, each with environments and
-# a seed of its own. All start from rank 0's weights and `average` gradients, KL divergence,
-# statistics and figures, so all take the same decisions. Rank 0 alone prints, logs and saves.
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+class UserError(SystemExit):
+    """A mistake that the user can mend: one line on stderr and exit code 1, without a traceback."""
+
+    def __init__(self, message: str):
+        # Before the processes have joined, all fail alike, and rank 0's line is enough.
+        silent = RANK > 0 and not dist.is_initialized()
+        super().__init__(1 if silent else f"error: {message}")
 
 
 # ARGUMENTS ========================================================================================
-# Where a value comes from, highest first: a flag; the checkpoint that is continued or played; the
-# task's own settings (<Task>PPO.yaml of IsaacGymEnvs, SETTINGS of your module); the default below.
+# Where a value comes from, highest first: a flag; the checkpoint that is continued; the task's own
+# settings (<Task>PPO.yaml of IsaacGymEnvs, SETTINGS of your module); the default below.
 #
 # The names are CleanRL's, and `rl_games:` says what a <Task>PPO.yaml calls the same thing. Defaults
-# are those of CartpolePPO.yaml, but for value_bootstrap, which that file leaves off.
+# are those of CartpolePPO.yaml, except value_bootstrap, which is off there. A Count is at least 1,
+# a Signed may be negative, any other number is at least 0.
+
+Count = NewType("Count", int)
+Signed = NewType("Signed", float)
 
 
 @dataclass
-class Run:
-    env_id: str = "Cartpole"  # Cartpole, an IsaacGymEnvs task such as Ant, or module:factory
-    sim: Literal["auto", "isaacgym", "torch"] = "auto"  # auto: isaacgym if installed
-    num_envs: int = 512  # parallel environments in each process (rl_games: num_actors)
-    seed: int = 42  # of Python, numpy and torch; each process adds its rank
-    torch_deterministic: bool = False  # use deterministic torch kernels only (slower on a GPU)
-    device: str = "auto"  # where simulation and policy run: auto, cpu, cuda, cuda:1
-    torch_threads: int = 1  # CPU threads; 1 is safe beside other processes, 0 is torch's choice
-    headless: bool = True  # Isaac Gym without its viewer window
-
-    experiment: str = ""  # name of the run's folder, made unique; empty: <env_id>_<date>_<time>
-    train_dir: str = "runs"  # folder of all runs
+class Args:
+    # About this start of the program: never taken from a checkpoint.
     checkpoint: str = ""  # a run folder continues there, a .pth file starts a new run from there
     init_from: str = ""  # like --checkpoint, but only the weights: a new run from epoch 1
     resume: bool = False  # continue --experiment if that folder has a checkpoint, else start it
-    max_epochs: int = 100  # rollouts and updates in all, earlier parts of the run included
-    save_frequency: int = 25  # epochs between the periodic checkpoints; 0: none
-    save_best_after: int = 50  # first epoch that may write best.pth
-    best_metric: str = ""  # what best.pth goes by, such as Episode/success; empty: the mean reward
-    games_to_track: int = 100  # finished episodes in the window of the mean reward
-    strict_observers: bool = False  # an observer that raises ends training, for debugging it
+    experiment: str = ""  # name of the run's folder, made unique; empty: <env_id>_<date>_<time>
+    train_dir: str = "runs"  # folder of all runs
+    device: str = "auto"  # where simulation and policy run: auto, cpu, cuda, cuda:1
+    torch_threads: int = 1  # CPU threads; 1 is safe beside other processes, 0 is torch's choice
 
-
-@dataclass
-class Play:
-    play: bool = False  # run the policy of --checkpoint instead of training; writes nothing
-    json: str = ""  # a file in which --play writes its results
-
-
-@dataclass
-class WandB:
-    track: bool = False  # log to Weights & Biases too; WANDB_MODE, WANDB_TAGS ... are obeyed
-    wandb_project_name: str = "train_ppo"  # W&B project
+    # From here on: taken from a run folder that is continued.
+    track: bool = False  # log to Weights & Biases too; its own variables, WANDB_..., are obeyed
+    wandb_project_name: str = "train_ppo"  # W&B project; WANDB_PROJECT wins
     wandb_entity: str = ""  # W&B team or user; empty: your default
 
+    # From here on: also taken from a .pth file.
+    env_id: str = "Cartpole"  # Cartpole, an IsaacGymEnvs task such as Ant, or module:factory
+    sim: Literal["auto", "torch"] = "auto"  # of Cartpole; auto: isaacgym if it is installed
+    overrides: Tuple[str, ...] = ()  # of IsaacGymEnvs' settings: train=NAME task.env.x=1
+    num_envs: Count = 512  # parallel environments in each process (rl_games: num_actors)
+    seed: int = 42  # of Python, numpy and torch; each process adds its rank
+    torch_deterministic: bool = False  # use deterministic torch kernels only (slower on a GPU)
+    headless: bool = True  # Isaac Gym without its viewer window
+    max_epochs: Count = 100  # rollouts and updates in all, earlier parts of the run included
+    save_frequency: int = 25  # epochs between the periodic checkpoints; 0: none
+    save_best_after: int = 50  # first epoch that may write best.pth
+    best_metric: str = ""  # the tag that best.pth goes by, as Episode/success; empty: the reward
+    games_to_track: Count = 100  # finished episodes in the mean reward, at most
+    strict_observers: bool = False  # an observer that raises ends training, for debugging it
 
-@dataclass
-class PPO:
-    num_steps: int = 16  # steps of each environment in a rollout (rl_games: horizon_length)
-    minibatch_size: int = 8192  # samples in a gradient step; a smaller rollout is one minibatch
-    update_epochs: int = 8  # passes over each rollout (rl_games: mini_epochs)
+    num_steps: Count = 16  # steps of each environment in a rollout (rl_games: horizon_length)
+    minibatch_size: Count = 8192  # samples in a gradient step; a smaller rollout is one minibatch
+    update_epochs: Count = 8  # passes over each rollout (rl_games: mini_epochs)
     learning_rate: float = 3e-4  # Adam's learning rate at the start
     lr_schedule: Literal["adaptive", "linear", "fixed"] = "adaptive"  # adaptive: rate follows KL
-    schedule_type: Literal["legacy", "standard"] = "legacy"  # adapt after a minibatch, or a pass
+    schedule_type: Literal["legacy", "standard"] = "legacy"  # adapt after each minibatch, or pass
     kl_threshold: float = 0.008  # KL divergence that the adaptive schedule aims at
     max_lr: float = 1e-2  # highest learning rate of the adaptive schedule
     min_lr: float = 1e-6  # lowest learning rate of the adaptive schedule
@@ -146,34 +144,26 @@ class PPO:
     bounds_loss_coef: float = 1e-4  # weight of the loss on mean actions outside [-1.1, 1.1]
     max_grad_norm: float = 1.0  # gradient norm to clip at; 0: do not clip (rl_games: grad_norm)
     norm_adv: bool = True  # normalise advantages (rl_games: normalize_advantage)
-    normalize_input: bool = True  # normalise observations with running statistics
-    normalize_value: bool = True  # normalise returns with running statistics
     value_bootstrap: bool = True  # at a time limit, add gamma * V(s_t) to the reward
-    reward_scale: float = 0.1  # multiplies rewards before learning (rl_games: scale_value)
+    reward_scale: Signed = 0.1  # multiplies rewards before learning (rl_games: scale_value)
     clip_actions: bool = True  # clip actions to [-1, 1] on their way to the environment
     mixed_precision: bool = False  # bfloat16 autocast in the update; on CUDA only
     compile: bool = False  # torch.compile policy, loss and Cartpole; CUDA graphs on CUDA
 
-
-@dataclass
-class Network:
+    # From here on: also taken by --init-from, as they shape the network.
+    normalize_input: bool = True  # normalise observations with running statistics
+    normalize_value: bool = True  # normalise returns with running statistics
     units: Tuple[int, ...] = (32, 32)  # widths of the hidden layers
     activation: Literal["elu", "relu", "tanh", "selu", "gelu", "swish"] = "elu"  # of hidden layers
     separate: bool = False  # give the value function hidden layers of its own
     critic_units: Tuple[int, ...] = ()  # widths of the critic's own layers; empty: as --units
-    sigma_init: float = 0.0  # log standard deviation of the actions at the start
-
-
-@dataclass
-class Args(Network, PPO, WandB, Play, Run):
-    """All of them, flat: args.gamma. --help shows a box for each of the classes, the last first."""
+    sigma_init: Signed = 0.0  # log standard deviation of the actions at the start
 
 
 # NETWORK ==========================================================================================
 # Parameters have rl_games' names and order, so a checkpoint, optimizer state included, can move
 # between the two. For a CNN or a transformer change ActorCritic: observations stay flat (O,), and
-# `forward` may reshape them. An LSTM also needs its state in `act`, `rollout`, `play` and `Batch`,
-# reset at each done, and minibatches of whole sequences.
+# `forward` may reshape them.
 
 
 class RunningMeanStd(nn.Module):
@@ -207,9 +197,9 @@ class RunningMeanStd(nn.Module):
         return x.clamp(-5.0, 5.0) * std + self.running_mean.float()
 
 
-class Linear(nn.Linear):
-    """nn.Linear whose weights are transposed in memory first. Autograd then computes their gradient
-    as x^T g, for few observations seven times faster than g^T x on a CPU, where MKL does it."""
+class TransposedLinear(nn.Linear):
+    """nn.Linear that transposes a copy of its weights. Autograd then computes their gradient as
+    x^T g, which is seven times faster on a CPU than g^T x if there are few observations."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
@@ -234,7 +224,7 @@ class ActorCritic(nn.Module):
         self.num_states = num_states
         self.separate = args.separate or num_states > 0
         self.a2c_network = net = nn.Module()
-        net.sigma = nn.Parameter(torch.full((num_acts,), args.sigma_init))  # a logarithm, in fact
+        net.sigma = nn.Parameter(torch.full((num_acts,), args.sigma_init))  # the LOG std
         net.actor_mlp, width = self.mlp(num_obs, args.units, args)
         critic_width = width
         if self.separate:
@@ -255,20 +245,20 @@ class ActorCritic(nn.Module):
         """Hidden layers for an input of this size, and the size of their output."""
         layers: List[nn.Module] = []
         for width in units:
-            layers += [Linear(size, width), self.ACTIVATIONS[args.activation]()]
+            layers += [TransposedLinear(size, width), self.ACTIVATIONS[args.activation]()]
             size = width
         return nn.Sequential(*layers), size
 
     def forward(self, obs: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """Observations (n, O + S) -> mean action (n, A), log std (n, A), normalised value (n,)."""
         net = self.a2c_network
-        own = self.running_mean_std(obs[:, : self.num_obs])
-        features = net.actor_mlp(own)
+        actor_obs = self.running_mean_std(obs[:, : self.num_obs])
+        features = net.actor_mlp(actor_obs)
         mu = net.mu(features)
         if self.num_states:
             features = net.critic_mlp(self.state_mean_std(obs[:, self.num_obs :]))
         elif self.separate:
-            features = net.critic_mlp(own)
+            features = net.critic_mlp(actor_obs)
         return mu, net.sigma.expand_as(mu), net.value(features).squeeze(-1)
 
     def mean_action(self, obs: Tensor) -> Tensor:
@@ -289,64 +279,79 @@ class ActorCritic(nn.Module):
         sigma = logstd.exp()
         actions = mu + sigma * noise
         logprobs = log_prob(actions, mu, sigma, logstd)
-        values = self.denorm_value(value)
+        values = self.denormalize_value(value)
         return dict(actions=actions, logprobs=logprobs, mus=mu, sigmas=sigma, values=values)
 
     @torch.no_grad()
     def value(self, obs: Tensor) -> Tensor:
         """Observations (n, O + S) -> value in units of the scaled reward (n,)."""
-        return self.denorm_value(self(obs)[2])
+        return self.denormalize_value(self(obs)[2])
 
-    def denorm_value(self, value: Tensor) -> Tensor:
+    def denormalize_value(self, value: Tensor) -> Tensor:
         return value if self.value_mean_std is None else self.value_mean_std.denormalize(value)
 
 
+# The policy's distribution: a diagonal Gaussian, sigma = exp(logstd), that `act` samples.
+
+
 def log_prob(action: Tensor, mu: Tensor, sigma: Tensor, logstd: Tensor) -> Tensor:
-    """Log density of a diagonal Gaussian, with sigma = exp(logstd): four (n, A) -> (n,)."""
+    """Log density of actions: four (n, A) -> (n,)."""
     z = (action - mu) / sigma
     constant = 0.5 * math.log(2.0 * math.pi) * mu.shape[-1]
     return -(0.5 * z.square().sum(-1) + constant + logstd.sum(-1))
 
 
+def mean_entropy(logstd: Tensor) -> Tensor:
+    """Mean entropy: (n, A) -> ()."""
+    return (0.5 + 0.5 * math.log(2.0 * math.pi) + logstd).sum(-1).mean()
+
+
+def mean_kl(mu: Tensor, sigma: Tensor, old_mu: Tensor, old_sigma: Tensor) -> Tensor:
+    """Mean KL(new || old), four (n, A) -> (), with rl_games' 1e-5 terms."""
+    log_ratio = (old_sigma / sigma + 1e-5).log()
+    distance = (sigma.square() + (mu - old_mu).square()) / (2.0 * (old_sigma.square() + 1e-5))
+    return (log_ratio + distance - 0.5).sum(-1).mean()
+
+
 # PPO, with rl_games' details ======================================================================
-# Schulman et al. 2017      Proximal policy optimization algorithms      arxiv.org/abs/1707.06347
-# Schulman et al. 2015      Generalised advantage estimation             arxiv.org/abs/1506.02438
-# Pardo et al. 2018         Time limits in reinforcement learning        arxiv.org/abs/1712.00378
-# Andrychowicz et al. 2020  What matters in on-policy learning?          arxiv.org/abs/2006.05990
-# Makoviychuk et al. 2021   Isaac Gym: thousands of envs on one GPU      arxiv.org/abs/2108.10470
-# Rudin et al. 2021         Learning to walk in minutes                  arxiv.org/abs/2109.11978
+# Schulman et al. 2017 (PPO): arxiv.org/abs/1707.06347, Schulman et al. 2015 (GAE): 1506.02438,
+# Pardo et al. 2018 (time limits): 1712.00378, Andrychowicz et al. 2020 (what matters): 2006.05990,
+# Makoviychuk et al. 2021 (Isaac Gym): 2108.10470, Rudin et al. 2021 (many envs): 2109.11978
+#
+# The units of a reward or value: raw, as the env gives it; scaled = raw * reward_scale, for GAE;
+# normalised = (scaled - mean) / std by value_mean_std, for the value loss.
 
 
 @torch.no_grad()
 def rollout(policy, env, obs: Tensor, buffer: Dict[str, Tensor], args: Args, after_step):
-    """Take num_steps steps in every environment, starting from obs (E, O + S), and fill the buffer.
-    `policy` is ActorCritic.act; after_step(infos, dones) is called after each step. Returns the
-    observations after the last step (E, O + S) and the seconds that the environment took. It may
-    overwrite the tensors that it returned, so the buffer gets copies."""
+    """Take num_steps steps in every environment, starting from obs (E, O + S), and fill the buffer
+    with what the policy and the env give: name -> (T, E, ...). `policy` is ActorCritic.act;
+    after_step(infos, dones) is called after each step. Returns the observations after the last
+    step (E, O + S) and the seconds that the environment took."""
     env_seconds = 0.0
     for t in range(args.num_steps):
-        decision = policy(obs, torch.randn_like(buffer["actions"][t]))
-        buffer["obs"][t] = obs
-        for name, value in decision.items():
-            buffer[name][t] = value
-
-        start = time.perf_counter()
+        decision = policy(obs, torch.randn(env.num_envs, env.num_acts, device=obs.device))
         actions = decision["actions"]
-        step = env.step(actions.clamp(-1.0, 1.0) if args.clip_actions else actions)
+        start = time.perf_counter()
+        # A copy in either case, because the env may change it in place.
+        step = env.step(actions.clamp(-1.0, 1.0) if args.clip_actions else actions.clone())
         env_seconds += time.perf_counter() - start
 
-        obs, rewards, dones, time_outs, infos = check_step(step, env, obs.device)
-        buffer["rewards"][t] = rewards
-        buffer["dones"][t] = dones
-        buffer["time_outs"][t] = time_outs
+        next_obs, rewards, dones, time_outs, infos = read_step(step, env, obs.device)
+        signals = dict(rewards=rewards, dones=dones.float(), time_outs=time_outs.float())
+        for name, value in dict(decision, obs=obs, **signals).items():
+            if name not in buffer:  # in the first step of a run
+                buffer[name] = value.new_empty(args.num_steps, *value.shape)
+            buffer[name][t] = value
         after_step(infos, dones)
+        obs = next_obs
     return obs, env_seconds
 
 
-def shape_rewards(buffer: Dict[str, Tensor], args: Args) -> Tensor:
+def scale_and_bootstrap(buffer: Dict[str, Tensor], args: Args) -> Tensor:
     """The rewards that PPO learns from (T, E): scaled and, at a time limit, with gamma * V(s_t) for
-    the rest of the episode (Pardo et al. 2018). V(s_t+1) would be exact, but in some tasks the next
-    observation already belongs to a new episode, so this uses V(s_t), as rl_games does."""
+    the rewards that were cut off (Pardo et al. 2018). V(s_t+1) would be exact, but some tasks
+    return the next episode's observation there, so this uses V(s_t), as rl_games does."""
     rewards = args.reward_scale * buffer["rewards"]
     if args.value_bootstrap:
         rewards = rewards + args.gamma * buffer["values"] * buffer["time_outs"]
@@ -355,45 +360,50 @@ def shape_rewards(buffer: Dict[str, Tensor], args: Args) -> Tensor:
 
 def gae(rewards: Tensor, values: Tensor, dones: Tensor, last_value: Tensor, args: Args) -> Tensor:
     """Advantages (T, E) by generalised advantage estimation (Schulman et al. 2015, eq. 16) from
-    rewards, values and dones (T, E), and the value of the state after the rollout (E,). dones[t] is
-    1.0 if the episode ended with step t; a time limit's bootstrap is in the rewards already."""
-    alive = 1.0 - dones
-    decay = args.gamma * args.gae_lambda * alive
+    scaled rewards, values and dones (T, E), and the value of the state after the rollout (E,):
+
+        delta_t = r_t + gamma * V(s_t+1) * (1 - done_t) - V(s_t)
+        A_t     = delta_t + gamma * lambda * (1 - done_t) * A_t+1
+
+    done_t is 1 if the episode ended with step t. A time limit's bootstrap is in r_t already."""
+    not_done = 1.0 - dones
+    decay = args.gamma * args.gae_lambda * not_done
     next_values = torch.cat((values[1:], last_value.unsqueeze(0)))
-    # First the errors of one step. Then each one takes in what follows it.
-    advantages = rewards + args.gamma * next_values * alive - values
+    advantages = (
+        rewards + args.gamma * next_values * not_done - values
+    )  # delta_t; the loop makes it A_t
     for t in reversed(range(len(rewards) - 1)):
         advantages[t] += decay[t] * advantages[t + 1]
     return advantages
 
 
-class Batch(NamedTuple):
-    """A rollout as rows, or a minibatch of them."""
-
-    obs: Tensor  # (n, O + S) as the environment gave them
-    actions: Tensor  # (n, A) as sampled, before clipping
-    logprobs: Tensor  # (n,) of the actions, when they were taken
-    values: Tensor  # (n,) as predicted in the rollout
-    returns: Tensor  # (n,) what the values should have been
-    advantages: Tensor  # (n,) how much better the action was than expected
-    mus: Tensor  # (n, A) mean actions at the last pass over these rows; at first, in the rollout
-    sigmas: Tensor  # (n, A) and their standard deviations
+# A rollout as rows, or a minibatch of them. Its columns:
+#
+#     obs         (n, O + S)  as the environment gave them
+#     actions     (n, A)      as sampled, before clipping
+#     logprobs    (n,)        of the actions, when they were taken
+#     values      (n,)        as predicted in the rollout
+#     returns     (n,)        what the values should have been
+#     advantages  (n,)        how much better the action was than expected
+#     mus         (n, A)      mean actions when these rows were last trained on; first, when sampled
+#     sigmas      (n, A)      and their standard deviations
+Batch = Dict[str, Tensor]
 
 
 def make_batch(buffer: Dict[str, Tensor], advantages: Tensor) -> Batch:
     """A rollout and its advantages (T, E) as N rows, and the returns that follow from them."""
     returns = advantages + buffer["values"]
     # Subtracting the values again looks idle, but repeats rl_games' rounding to the last bit.
-    columns = {**buffer, "returns": returns, "advantages": returns - buffer["values"]}
+    columns = dict(buffer, returns=returns, advantages=returns - buffer["values"])
     # (T, E, ...) -> (N, ...), one environment after the other, as rl_games has them. With thousands
     # of environments a contiguous piece is mixed enough, and nothing is shuffled.
-    return Batch(*(columns[name].transpose(0, 1).flatten(0, 1) for name in Batch._fields))
+    return {name: x.transpose(0, 1).flatten(0, 1) for name, x in columns.items()}
 
 
 def normalize_batch(model: ActorCritic, batch: Batch, args: Args) -> Batch:
-    """The batch with normalised values, returns and advantages; the value statistics move."""
-    values, returns, advantages = batch.values, batch.returns, batch.advantages
-    if args.normalize_value:  # the values first: the returns are normalised with both taken in
+    """The batch with normalised values, returns and advantages; also updates value_mean_std."""
+    values, returns, advantages = batch["values"], batch["returns"], batch["advantages"]
+    if args.normalize_value:  # update with values, then with returns: the returns see both
         model.value_mean_std.update(values.unsqueeze(1))
         values = model.value_mean_std(values)
         model.value_mean_std.update(returns.unsqueeze(1))
@@ -401,55 +411,50 @@ def normalize_batch(model: ActorCritic, batch: Batch, args: Args) -> Batch:
     if args.norm_adv:  # over the whole rollout; CleanRL does it in each minibatch
         mean, var = mean_and_var(advantages)
         advantages = (advantages - mean) / (var.sqrt() + 1e-8)
-    return batch._replace(values=values, returns=returns, advantages=advantages)
+    return dict(batch, values=values, returns=returns, advantages=advantages)
 
 
-LOSSES = ("a_loss", "c_loss", "entropy", "bounds_loss", "clipfrac")  # rl_games' names in the log
+def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Any, ...]:
+    """The loss to minimise (), mu and sigma of the policy (n, A), and a dict of scalars for the log
+    by rl_games' names, of which "kl" is measured from the last pass over these rows. The policy is
+    improved by the clipped surrogate (Schulman et al. 2017, equation 7):
 
+        L_clip = mean(min(ratio * A, clip(ratio, 1 - clip_coef, 1 + clip_coef) * A))
 
-def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Tensor, ...]:
-    """The loss to minimise (), the policy's mean actions and standard deviations (n, A), and the
-    values of LOSSES with the KL divergence since the last pass over these rows (6,)."""
-    mu, logstd, value = model(batch.obs)
+    with ratio = p(action now) / p(action when sampled)."""
+    mu, logstd, value = model(batch["obs"])
     mu, value = mu.float(), value.float()  # bfloat16 is too coarse for ratios near 1
     sigma = logstd.exp()
 
-    # Schulman et al. 2017, equation 7. Where the ratio has left the clip range in the direction
-    # that pays, the gain is constant, so several passes cannot run off with the policy. (It is
-    # torch.min of the two gains, whose gradient by torch.where takes half the time.)
-    ratio = (log_prob(batch.actions, mu, sigma, logstd) - batch.logprobs).exp()
+    # Once the ratio has left the clip range in the direction that pays, the gradient is zero, so
+    # several passes cannot run off with the policy. (torch.where has a faster gradient than min.)
+    ratio = (log_prob(batch["actions"], mu, sigma, logstd) - batch["logprobs"]).exp()
     clipped_ratio = ratio.detach().clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
-    gain, clipped_gain = batch.advantages * ratio, batch.advantages * clipped_ratio
-    policy_loss = -torch.where(gain > clipped_gain, clipped_gain, gain).mean()
+    surrogate = batch["advantages"] * ratio
+    clipped = batch["advantages"] * clipped_ratio
+    policy_loss = -torch.where(surrogate > clipped, clipped, surrogate).mean()
 
     # A value gains nothing by moving further than clip_coef, in normalised units, from the old one.
     # rl_games and the original code do it; Andrychowicz et al. 2020 found that it does not help.
-    value_loss = (value - batch.returns).square()
+    value_loss = (value - batch["returns"]).square()
     if args.clip_vloss:
-        change = (value - batch.values).clamp(-args.clip_coef, args.clip_coef)
-        clipped_loss = (batch.values + change - batch.returns).square()
+        change = (value - batch["values"]).clamp(-args.clip_coef, args.clip_coef)
+        clipped_loss = (batch["values"] + change - batch["returns"]).square()
         value_loss = torch.where(value_loss > clipped_loss, value_loss, clipped_loss)
     value_loss = value_loss.mean()
 
-    entropy = (0.5 + 0.5 * math.log(2.0 * math.pi) + logstd).sum(-1).mean()
+    entropy = mean_entropy(logstd)
     # Actions are clipped to [-1, 1] on their way to the environment. A mean far outside changes
     # nothing any more, so nothing else would bring it back.
     bounds_loss = nn.functional.softshrink(mu, 1.1).square().sum(-1).mean()
 
     loss = policy_loss + 0.5 * args.vf_coef * value_loss
     loss = loss - args.ent_coef * entropy + args.bounds_loss_coef * bounds_loss
-    clipfrac = (ratio != clipped_ratio).float().mean()
+    losses = dict(a_loss=policy_loss, c_loss=value_loss, entropy=entropy, bounds_loss=bounds_loss)
     mu, sigma = mu.detach(), sigma.detach()
-    kl = policy_kl(mu, sigma, batch.mus, batch.sigmas)
-    losses = torch.stack((policy_loss, value_loss, entropy, bounds_loss, clipfrac, kl))
-    return loss, mu, sigma, losses.detach()
-
-
-def policy_kl(mu: Tensor, sigma: Tensor, old_mu: Tensor, old_sigma: Tensor) -> Tensor:
-    """Mean KL(new || old) of diagonal Gaussians, four (n, A) -> (), with rl_games' 1e-5 terms."""
-    log_ratio = (old_sigma / sigma + 1e-5).log()
-    distance = (sigma.square() + (mu - old_mu).square()) / (2.0 * (old_sigma.square() + 1e-5))
-    return (log_ratio + distance - 0.5).sum(-1).mean()
+    losses["clipfrac"] = (ratio != clipped_ratio).float().mean()
+    losses["kl"] = mean_kl(mu, sigma, batch["mus"], batch["sigmas"])
+    return loss, mu, sigma, {name: x.detach() for name, x in losses.items()}
 
 
 def next_lr(lr: Tensor, kl: Tensor, epoch: int, args: Args) -> Tensor:
@@ -464,45 +469,49 @@ def next_lr(lr: Tensor, kl: Tensor, epoch: int, args: Args) -> Tensor:
     return lr
 
 
-def update(model, optimizer, lr: Tensor, batch: Batch, epoch: int, args: Args, loss_fn) -> Tensor:
+def update(model, optimizer, lr: Tensor, batch: Batch, epoch: int, args: Args, loss_fn):
     """Pass over the batch update_epochs times, with a gradient step for each minibatch; changes the
-    learning rate lr () in place. Returns the mean LOSSES and KL divergence of all steps (6,)."""
+    learning rate lr () in place. Returns the means of ppo_loss' losses over all steps, by name."""
     batch = normalize_batch(model, batch, args)
-    minibatches = [Batch(*rows) for rows in zip(*(x.split(args.minibatch_size) for x in batch))]
+    count = max(1, len(batch["obs"]) // args.minibatch_size)
+    pieces = {name: x.split(len(x) // count) for name, x in batch.items()}
+    minibatches = [{name: x[i] for name, x in pieces.items()} for i in range(count)]
     parameters = list(model.parameters())
-    totals = torch.zeros(len(LOSSES) + 1, device=lr.device)
+    totals = torch.zeros((), device=lr.device)
     autocast = args.mixed_precision and lr.device.type == "cuda"
     for pass_number in range(args.update_epochs):
         pass_kl = torch.zeros_like(lr)
         for minibatch in minibatches:
-            # The statistics of the observations move in the first pass only, just before they are
-            # used, so that later passes see inputs that stand still.
+            # The first pass alone updates the statistics of the observations, so that later passes
+            # see inputs that stand still.
             if args.normalize_input and pass_number == 0:
-                model.update_statistics(minibatch.obs)
+                model.update_statistics(minibatch["obs"])
             with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
                 loss, mu, sigma, losses = loss_fn(model, minibatch, args)
             optimizer.zero_grad()
             loss.backward()
 
-            minibatch.mus.copy_(mu)
-            minibatch.sigmas.copy_(sigma)
-            kl = average_gradients(parameters, losses[-1])
+            # A minibatch is a view of the batch, so that the next pass over these rows measures the
+            # KL divergence from the policy of this pass.
+            minibatch["mus"].copy_(mu)
+            minibatch["sigmas"].copy_(sigma)
+            kl = average_gradients(parameters, losses["kl"])
             if args.max_grad_norm > 0:
                 nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
 
-            totals += losses
+            totals = totals + torch.stack(tuple(losses.values()))
             pass_kl += kl / len(minibatches)
             if args.schedule_type == "legacy":
                 lr.copy_(next_lr(lr, kl, epoch, args))
         if args.schedule_type == "standard":
             lr.copy_(next_lr(lr, pass_kl, epoch, args))
-    return totals / (args.update_epochs * len(minibatches))
+    return dict(zip(losses, totals / (args.update_epochs * len(minibatches))))
 
 
 class PPOAgent:
     """A training run: model, optimizer, rollout buffer and counters. `train` is the outline of PPO.
-    Observers may read all of it; what rl_games has too bears its name."""
+    Observers may read all of it; attributes that rl_games also has keep its names."""
 
     def __init__(self, args: Args, env, observer: "MultiObserver"):
         self.args = args
@@ -511,121 +520,111 @@ class PPOAgent:
         self.device = self.ppo_device = pick_device(args.device)
         self.games_to_track = args.games_to_track
         self.num_agents = 1
-        self.epoch_num = 0
+        self.num_states = int(getattr(env, "num_states", None) or 0)
+        self.max_episode_length = int(getattr(env, "max_episode_length", None) or 0)  # 0: unknown
+
+        self.config: Dict[str, Any] = {}  # arguments and run folder for observers, see open_run
+        self.writer: Optional[Writer] = None  # of rank 0
+        self.epoch_num = 0  # of the current epoch; between two epochs, of the last one
+        self.first_epoch = 0  # epoch_num when the environments last started afresh
         self.frame = 0  # steps of single environments so far, over all processes
         self.frames_per_epoch = args.num_steps * env.num_envs * WORLD_SIZE
         self.total_time = 0.0  # seconds of training
-        self.mean_rewards = -math.inf  # of the last games_to_track episodes
-        self.last_mean_rewards = -math.inf  # the best score so far, by rl_games' name for it
+        self.mean_rewards = -math.inf  # of about the last games_to_track episodes
+        self.best_score = -math.inf  # what best.pth has
         self.best_epoch = 0
         self.stop_signal = 0  # the number of the signal that asked to stop after this epoch
+        self.time_outs_seen = False  # infos had time_outs
+        self.policy_metadata = getattr(env, "policy_metadata", dict)()
 
-        self.num_states = int(getattr(env, "num_states", None) or 0)
-        self.max_episode_length = int(getattr(env, "max_episode_length", None) or 0)  # 0: unknown
         self.model = ActorCritic(env.num_obs, env.num_acts, args, self.num_states).to(self.device)
         if WORLD_SIZE > 1:
             for tensor in self.model.state_dict().values():
-                together(dist.broadcast, tensor, 0)
+                dist.broadcast(tensor, 0)
         # The learning rate is a tensor, which the fused optimizer reads without waiting for a GPU.
         self.lr = torch.tensor(args.learning_rate, device=self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr, eps=1e-8, fused=True)
         self.act, self.loss_fn = self.model.act, ppo_loss
         if args.compile:
-            self.act, self.loss_fn = compiled([self.act, self.loss_fn], env, self.device)
+            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+            self.act = torch.compile(self.act, mode=mode)
+            self.loss_fn = torch.compile(self.loss_fn, mode=mode)
+            if getattr(env, "compilable", False):  # with the same random numbers as uncompiled
+                env.step = torch.compile(env.step, options=dict(fallback_random=True))
 
-        # Thousands of environments and few steps fill a rollout in a fraction of the time that one
-        # environment needs (Rudin et al. 2021); the value function stands for what comes after.
-        acts = (env.num_acts,)
-        shapes = dict(obs=(env.num_obs + self.num_states,), actions=acts, mus=acts, sigmas=acts)
-        shapes.update(logprobs=(), values=(), rewards=(), dones=(), time_outs=())
-        size = (args.num_steps, env.num_envs)
-        self.buffer = {k: torch.zeros(*size, *v, device=self.device) for k, v in shapes.items()}
-        # Sums over episodes: return, shaped return and length.
+        self.buffer: Dict[str, Tensor] = {}
         self.episodes = EpisodeMeter(env.num_envs, args.games_to_track, 3, self.device)
-        self.obs = check_obs(env.reset(), "reset()", env).to(self.device)
+        self.obs = read_obs(env.reset(), env, self.device)
         self.dones = torch.zeros(env.num_envs, dtype=torch.bool, device=self.device)
-        self.first_epoch = 0  # epoch_num when the environments last started afresh
-        self.whole_epoch: Optional[int] = 0  # the last complete one; None in an update
-        self.time_outs_seen = False
-        self.metric_known = False  # best_metric was logged
-        self.policy_metadata = policy_metadata(env)
+
+    @property
+    def last_mean_rewards(self) -> float:
+        return self.best_score  # by rl_games' name
 
     def train(self) -> None:
         """Train until max_epochs or a stop signal."""
-        args, buffer = self.args, self.buffer
+        args, env, model, buffer = self.args, self.env, self.model, self.buffer
         stop = False
         while self.epoch_num < args.max_epochs and not stop:
             self.epoch_num += 1
             start = time.perf_counter()
-            if hasattr(self.env, "set_train_info"):
-                self.env.set_train_info(self.frame, self)
-            self.obs, step_time = rollout(self.act, self.env, self.obs, buffer, args, self.on_step)
-            check_finite(self)
+            try:
+                if hasattr(env, "set_train_info"):
+                    env.set_train_info(self.frame, self)
+                after_step = self.after_step
+                self.obs, step_time = rollout(self.act, env, self.obs, buffer, args, after_step)
+                check_finite(buffer, self.obs, self.epoch_num)
+            except BaseException:  # a simulator may call sys.exit, too
+                self.epoch_num -= 1  # the weights are still those of the last epoch
+                save(self, "last.pth", mid_rollout=True)
+                raise
             play_time = time.perf_counter() - start
-            self.algo_observer.after_steps()
+            self.algo_observer.call("after_steps")
 
-            shaped = shape_rewards(buffer, args)
-            last_value = self.model.value(self.obs)
-            advantages = gae(shaped, buffer["values"], buffer["dones"], last_value, args)
+            rewards = scale_and_bootstrap(buffer, args)
+            last_value = model.value(self.obs)
+            advantages = gae(rewards, buffer["values"], buffer["dones"], last_value, args)
             batch = make_batch(buffer, advantages)
-            self.whole_epoch = None
-            losses = update(
-                self.model, self.optimizer, self.lr, batch, self.epoch_num, args, self.loss_fn
-            )
-            lengths = torch.ones_like(shaped)
-            self.episodes.add_rollout((buffer["rewards"], shaped, lengths), buffer["dones"])
-            figures = collect_figures(self, losses, batch)
-            stop = figures["stop"] > 0
+            optimizer, lr, epoch = self.optimizer, self.lr, self.epoch_num
+            losses = update(model, optimizer, lr, batch, epoch, args, self.loss_fn)
+            sums = (buffer["rewards"], rewards, torch.ones_like(rewards))
+            ended = self.episodes.add_rollout(sums, buffer["dones"])
+            metrics = collect_metrics(self, losses, batch, ended)
+            stop = metrics["stop"] > 0
 
             epoch_time = time.perf_counter() - start
             self.total_time += epoch_time
             self.frame += self.frames_per_epoch
-            self.whole_epoch = self.epoch_num
-            score = log_epoch(self, figures, step_time, play_time, epoch_time)
-            save_checkpoints(self, score, figures["finished"])
+            if RANK == 0:
+                score = log_epoch(self, metrics, step_time, play_time, epoch_time)
+                save_checkpoints(self, score, metrics["finished"])
 
-    def open(self, run_dir: str, wandb_run_id: str) -> None:
-        """Get ready to write into run_dir. `config` is what observers expect under this name."""
-        self.config = dict(asdict(self.args), run_dir=run_dir, wandb_run_id=wandb_run_id)
-        self.config["name"] = os.path.basename(run_dir)
-        self.config.update({name: self.config[ours] for name, ours in RL_GAMES_NAMES.items()})
-        self.nn_dir = os.path.join(run_dir, "nn")
-        self.writer = Writer(run_dir, self.args) if RANK == 0 else None
-
-    def on_step(self, infos: Dict[str, Any], dones: Tensor) -> None:
+    def after_step(self, infos: Dict[str, Any], dones: Tensor) -> None:
         """Hand a step of the rollout to the observers."""
         self.dones = dones
         self.time_outs_seen |= "time_outs" in infos
         # Finding the indices makes a GPU wait, so it is done only if someone looks at them.
-        wanted = self.algo_observer.needs_done_indices
-        self.algo_observer.process_infos(infos, dones.nonzero() if wanted else None)
+        indices = dones.nonzero() if self.algo_observer.needs_done_indices else None
+        self.algo_observer.call("process_infos", infos, indices)
+
+
+# PROCESSES ========================================================================================
+# Several GPUs: torchrun starts WORLD_SIZE processes, numbered by RANK, each with environments and
+# a seed of its own. All start from rank 0's weights. Gradients, statistics and metrics are
+# averaged, so all take the same steps and decisions. Rank 0 alone prints, logs and saves.
+
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def average(x: Tensor) -> Tensor:
-    """The mean of x over all processes, in place. With one process it is x itself."""
-    if WORLD_SIZE > 1:
-        together(dist.all_reduce, x)
-        x /= WORLD_SIZE
-    return x
-
-
-def together(collective, *args) -> None:
-    """Call what all processes take part in. TrainingError if one of them is gone."""
-    try:
-        collective(*args)
-    except RuntimeError as exc:
-        raise TrainingError(f"another process has ended, so number {RANK} stops too") from exc
-
-
-def mean_and_var(x: Tensor) -> Tuple[Tensor, Tensor]:
-    """Mean and unbiased variance of the rows of x (n, ...), over the rows of all processes."""
-    mean, var = x.mean(0), x.var(0)
-    if WORLD_SIZE > 1:
-        n, own_mean = len(x), mean
-        mean = average(own_mean.clone())
-        squares = average(var * (n - 1) + n * (own_mean - mean).square())
-        var = squares * WORLD_SIZE / (n * WORLD_SIZE - 1)
-    return mean, var
+    """The mean of x over all processes. With one process it is x itself."""
+    if WORLD_SIZE == 1:
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total / WORLD_SIZE
 
 
 def average_gradients(parameters: Sequence[Tensor], kl: Tensor) -> Tensor:
@@ -636,6 +635,16 @@ def average_gradients(parameters: Sequence[Tensor], kl: Tensor) -> Tensor:
     message = average(torch.cat([kl.view(1), *(g.flatten() for g in gradients)]))
     nn.utils.vector_to_parameters(message[1:], gradients)
     return message[0]
+
+
+def mean_and_var(x: Tensor) -> Tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of the rows of x (n, ...), over the rows of all processes."""
+    n, mean, var = len(x), x.mean(0), x.var(0)
+    if WORLD_SIZE == 1:
+        return mean, var
+    common_mean = average(mean)
+    squares = average(var * (n - 1) + n * (mean - common_mean).square())
+    return common_mean, squares * WORLD_SIZE / (n * WORLD_SIZE - 1)
 
 
 # ENVIRONMENTS =====================================================================================
@@ -653,7 +662,7 @@ def average_gradients(parameters: Sequence[Tensor], kl: Tensor) -> Tensor:
 #     policy_metadata()             a dict for the robot, such as action scale and joint names
 #     set_train_info(frame, algo)   called before each rollout in every process: a curriculum
 #     get_env_state(), set_env_state(state)   kept in checkpoints
-#     exact_state = True            this and torch's generators say all: a run continues exactly
+#     exact_state = True            get_env_state() is the complete state: a run resumes bit for bit
 #     compilable = True             step() is torch operations alone, and --compile compiles it
 
 
@@ -662,9 +671,8 @@ class Cartpole:
 
     State and observation: cart position [m] and velocity [m/s], pole angle from upright [rad] and
     angular velocity [rad/s]. Action: force on the cart in units of 400 N. As in the original, the
-    observation that comes with done = 1 is the episode's last one; the next step ignores the
-    action, resets that environment and returns its first observation. A step never waits for a GPU.
-    """
+    step after done = 1 ignores the action, resets that environment and returns its first
+    observation. A step never waits for a GPU."""
 
     num_obs, num_acts, max_episode_length = 4, 1, 500
     clip_obs = 5.0
@@ -727,36 +735,60 @@ class Cartpole:
             getattr(self, name).copy_(value)
 
 
-def uses_isaacgym(args: Args) -> bool:
-    """Whether Isaac Gym simulates this task. A broken installation is an error, not a fallback."""
-    if args.sim == "torch" or (args.sim == "auto" and ISAACGYM_ERROR == "it is not installed"):
-        return False
-    if ISAACGYM_ERROR:
-        raise UserError(f"Isaac Gym cannot be used: {ISAACGYM_ERROR}; --sim torch has Cartpole")
-    return True
-
-
-def make_env(args: Args):
-    """The environment that args ask for. Isaac Gym has one simulation a process: call it once."""
+def make_env(args: Args, seed: int):
+    """The environment of --env-id. Call it once: Isaac Gym allows one simulation per process."""
     device = pick_device(args.device)
     if ":" in args.env_id:
-        return make_factory_env(args, device)
+        factory = getattr(import_env_module(args.env_id), args.env_id.partition(":")[2])
+        env = factory(num_envs=args.num_envs, device=str(device), seed=seed)
+        check_env(env, args, device)
+        return env
     if not uses_isaacgym(args):
-        if args.env_id == "Cartpole":
-            return Cartpole(args.num_envs, device)
-        what = f"unknown --env-id {args.env_id}: without Isaac Gym only Cartpole is built in"
-        raise UserError(f"{what}; your own env is --env-id module:factory")
+        return Cartpole(args.num_envs, device)
     import isaacgymenvs
 
-    cfg = compose_isaacgym_config(args, args.num_envs)
+    cfg = compose_isaacgym_config(replace(args, seed=seed), args.num_envs)
     names = ("sim_device", "rl_device", "graphics_device_id", "headless")
     settings = dict({name: cfg[name] for name in names}, force_render=not args.headless, cfg=cfg)
-    return isaacgymenvs.make(args.seed, args.env_id, args.num_envs, **settings)
+    env = isaacgymenvs.make(seed, args.env_id, args.num_envs, **settings)
+    if not cfg.train.params.config.get("central_value_config"):
+        env.num_states = 0  # rl_games ignores them then, and in AllegroKuka they are all zero
+    elif not env.num_states:
+        raise UserError(f"{args.env_id} has no states for its central value network")
+    return env
+
+
+def check_env(env, args: Args, device: torch.device) -> None:
+    """UserError unless what a reset and a step return has the shapes of the contract above."""
+    n, width = args.num_envs, env.num_obs + (getattr(env, "num_states", None) or 0)
+    first = read_obs(env.reset(), env, device)
+    obs, reward, done, infos = env.step(torch.zeros(n, env.num_acts, device=device))
+    parts = (first, read_obs(obs, env, device), reward, done, infos.get("time_outs", done))
+    found = [tuple(part.shape) for part in parts]
+    expected = [(n, width), (n, width), (n,), (n,), (n,)]
+    if found != expected:
+        what = "reset()'s obs, step()'s obs (both with states), reward, done and time_outs"
+        raise UserError(f"the env's {what} have the shapes {found} instead of {expected}")
+
+
+def read_step(step, env, device: torch.device) -> Tuple[Any, ...]:
+    """What env.step returned, as the rollout needs it: observations (E, O + S), rewards, dones and
+    time_outs (E,), the latter two as bool, infos."""
+    obs, rewards, dones, infos = step
+    dones = dones.to(device, torch.bool, copy=True)  # observers keep it; it may be the env's own
+    time_outs = infos["time_outs"] if "time_outs" in infos else torch.zeros_like(dones)
+    time_outs = time_outs.to(device, torch.bool)
+    return read_obs(obs, env, device), rewards.to(device, torch.float32), dones, time_outs, infos
+
+
+def read_obs(obs: Dict[str, Tensor], env, device: torch.device) -> Tensor:
+    """A copy of the observations and, where the env has them, the states for the critic as
+    (E, O + S)."""
+    names = ("obs", "states") if getattr(env, "num_states", None) else ("obs",)
+    return torch.cat([obs[name].to(device, torch.float32) for name in names], dim=1)
 
 
 def import_env_module(env_id: str):
-    if not re.fullmatch(r"[\w.]*\w:\w+", env_id):
-        raise UserError(f"--env-id {env_id} is not module:factory")
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
         return importlib.import_module(env_id.partition(":")[0])
@@ -764,75 +796,20 @@ def import_env_module(env_id: str):
         raise UserError(f"--env-id {env_id} cannot be imported here: {exc}") from exc
 
 
-def make_factory_env(args: Args, device: torch.device):
-    """The env of --env-id module:factory. UserError if it breaks the contract above."""
-    name = args.env_id.partition(":")[2]
-    factory: Any = getattr(import_env_module(args.env_id), name, None)
-    options = dict(num_envs=args.num_envs, device=str(device), seed=args.seed)
-    try:
-        with contextlib.suppress(ValueError):  # a C function may have no signature
-            inspect.signature(factory).bind(**options)
-    except TypeError as exc:  # None, too, if there is no such name
-        what = f"{name} must be a function of num_envs, device and seed ({exc})"
-        raise UserError(f"--env-id {args.env_id}: {what}") from exc
-    env = factory(**options)
-    for name in ("num_envs", "num_obs", "num_acts"):
-        value = getattr(env, name, "missing")
-        if not isinstance(value, (int, np.integer)) or value < 1:
-            raise UserError(f"the env's {name} must be a positive int, not {value!r}")
-    limit = getattr(env, "max_episode_length", None)
-    if limit is not None and not (isinstance(limit, (int, float, np.number)) and limit >= 1):
-        raise UserError(f"the env's max_episode_length must be a number, not {limit!r:.40}")
-    if env.num_envs != args.num_envs:
-        raise UserError(f"the env has num_envs {env.num_envs}, but {args.num_envs} were asked for")
-    if not args.play:  # look at one step before anything is written
-        check_obs(env.reset(), "reset()", env)
-        check_step(env.step(torch.zeros(env.num_envs, env.num_acts, device=device)), env, device)
-    return env
+def uses_isaacgym(args: Args) -> bool:
+    """Whether Isaac Gym simulates this task. Without it there is the built-in Cartpole."""
+    if args.env_id == "Cartpole" and (args.sim == "torch" or ISAACGYM_ERROR):
+        return False
+    if ISAACGYM_ERROR:
+        raise UserError(f"--env-id {args.env_id} needs Isaac Gym, which fails: {ISAACGYM_ERROR}")
+    return True
 
 
-def check_step(step: Any, env, device: torch.device) -> Tuple[Any, ...]:
-    """What env.step returned, as the rollout needs it: observations (E, O + S), rewards, dones and
-    time_outs (E,), the latter two as bool, infos. UserError if it is something else."""
-    if not isinstance(step, tuple) or len(step) != 4 or not isinstance(step[3], dict):
-        raise UserError("the env's step() must return (obs, reward, done, infos), infos a dict")
-    obs, rewards, dones, infos = step
-    shape = (env.num_envs,)
-    rewards = check_shape(rewards, "step()'s reward", shape).to(device)
-    dones = check_shape(dones, "step()'s done", shape)
-    dones = dones.to(device, torch.bool, copy=True)  # observers keep it; it may be the env's own
-    time_outs = infos["time_outs"] if "time_outs" in infos else torch.zeros_like(dones)
-    time_outs = check_shape(time_outs, "infos['time_outs']", shape).to(device, torch.bool)
-    return check_obs(obs, "step()[0]", env).to(device), rewards, dones, time_outs, infos
-
-
-def check_obs(obs: Any, what: str, env) -> Tensor:
-    """The observations and, where the env has them, the states for the critic as (E, O + S)."""
-    obs = obs if isinstance(obs, dict) else {}
-    own = check_shape(obs.get("obs"), f"{what}['obs']", (env.num_envs, env.num_obs)).float()
-    size = getattr(env, "num_states", None)
-    if not size:
-        return own
-    states = check_shape(obs.get("states"), f"{what}['states']", (env.num_envs, size))
-    return torch.cat((own, states.float()), dim=1)
-
-
-def check_shape(value: Any, what: str, shape: Tuple[int, ...]) -> Tensor:
-    dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
-    if not dense or value.shape != shape:
-        found = f"shape {tuple(value.shape)}" if dense else type(value).__name__
-        raise UserError(f"the env's {what} must be a dense tensor of shape {shape}, not {found}")
-    return value
-
-
-def compose_isaacgym_config(args: Args, num_envs: Any = ""):
+def compose_isaacgym_config(args: Args, num_envs: Any):
     """The task's hydra config as IsaacGymEnvs composes it; num_envs "" means the task's number."""
-    try:
-        import isaacgymenvs  # registers the resolvers that its yaml files use
-        from hydra import compose, initialize_config_dir
-        from hydra.errors import MissingConfigException
-    except ImportError as exc:
-        raise UserError(f"--env-id {args.env_id} needs IsaacGymEnvs, but: {exc}") from exc
+    import hydra
+    import isaacgymenvs  # registers the resolvers that its yaml files use
+
     folder = os.path.join(os.path.dirname(os.path.abspath(isaacgymenvs.__file__)), "cfg")
     device = pick_device(args.device)
     # sim_device alone is not enough: the pipeline and physx.use_gpu are the config's to decide.
@@ -840,388 +817,320 @@ def compose_isaacgym_config(args: Args, num_envs: Any = ""):
     overrides += f" sim_device={device} rl_device={device} graphics_device_id={device.index or 0}"
     overrides += " pipeline=gpu" if device.type == "cuda" else " pipeline=cpu"
     try:
-        with initialize_config_dir(config_dir=folder, version_base=None):
-            return compose(config_name="config", overrides=overrides.split())
-    except MissingConfigException as exc:
-        files = sorted(os.listdir(os.path.join(folder, "task")))
-        known = ", ".join([*files, "module:factory"]).replace(".yaml", "")
-        raise UserError(f"unknown --env-id {args.env_id}: choose one of {known}") from exc
+        with hydra.initialize_config_dir(config_dir=folder, version_base=None):
+            return hydra.compose("config", [*overrides.split(), *args.overrides])
+    except hydra.errors.HydraException as exc:
+        what = " ".join((f"--env-id {args.env_id} --overrides", *args.overrides))
+        files = os.listdir(os.path.join(folder, "train"))
+        tasks = sorted(file[:-8] for file in files if file.endswith("PPO.yaml"))
+        raise UserError(
+            f"{what}: {str(exc).splitlines()[0]}; tasks are {', '.join(tasks)}"
+        ) from exc
 
 
-# What rl_games calls our arguments in a <Task>PPO.yaml, and what in such a file has no effect here.
+# rl_games' names of our arguments in `config` of a <Task>PPO.yaml, and the places of others.
 RL_GAMES_NAMES = dict(num_actors="num_envs", horizon_length="num_steps", tau="gae_lambda")
 RL_GAMES_NAMES.update(mini_epochs="update_epochs", e_clip="clip_coef", clip_value="clip_vloss")
 RL_GAMES_NAMES.update(critic_coef="vf_coef", entropy_coef="ent_coef", grad_norm="max_grad_norm")
 RL_GAMES_NAMES.update(normalize_advantage="norm_adv")
-NO_EFFECT = """
-    name full_experiment_name env_name multi_gpu ppo device device_name print_stats player
-    score_to_win seq_len seq_length zero_rnn_on_done central_value_config train_dir truncate_grads
-    use_experimental_cv reward_shaper normalize_rms_advantage use_smooth_clamp bound_loss_type
-    defer_summaries_sec summaries_interval_sec_min summaries_interval_sec_max
-""".split()
+PLACES = {
+    "config.reward_shaper.scale_value": "reward_scale",
+    "network.mlp.units": "units",
+    "network.mlp.activation": "activation",
+    "network.separate": "separate",
+    "network.space.continuous.sigma_init.val": "sigma_init",
+    "central.network.mlp.units": "critic_units",  # central: config.central_value_config
+}
+# If one of these is in the yaml, it must have this value. A key is the last two words of its place.
+# Nothing else is allowed in a network or a reward_shaper.
+REQUIRED = {
+    "algo.name": "a2c_continuous",
+    "model.name": "continuous_a2c_logstd",
+    "network.name": "actor_critic",
+    "network.central_value": True,
+    "initializer.name": "default",
+    "mu_init.name": "default",
+    "sigma_init.name": "const_initializer",
+    "continuous.fixed_sigma": True,
+    "reward_shaper.shift_value": 0,
+    "config.ppo": True,
+    "config.bound_loss_type": "bound",
+    "config.weight_decay": 0,
+    "config.minibatch_size_per_env": 0,
+    "config.use_smooth_clamp": False,
+    "config.normalize_rms_advantage": False,
+    "config.schedule_entropy": False,
+}
+HARMLESS = "name full_experiment_name env_name multi_gpu print_stats player seq_len".split()
 
 
-def policy_metadata(env) -> Dict[str, Any]:
-    """What a robot needs besides the weights, from the env. UserError if JSON cannot hold it."""
-    keys = "dt control_freq_inv decimation clip_obs clip_actions action_scale power_scale dof_names"
-    found = [(k, getattr(env, k, None)) for k in keys.split()]  # inf: VecTask's word for no limit
-    metadata = {k: v for k, v in found if isinstance(v, (int, float, str, list)) and v != math.inf}
-    if hasattr(env, "policy_metadata"):
-        metadata = env.policy_metadata()
-    try:
-        return json.loads(json.dumps(metadata, allow_nan=False))
-    except (TypeError, ValueError) as exc:
-        raise UserError(f"the env's policy_metadata(): {exc}; use numbers, strings, lists") from exc
-
-
-def task_settings(args: Args) -> Dict[str, Any]:
-    """The task's arguments: SETTINGS of the env's module, or IsaacGymEnvs' <Task>PPO.yaml."""
-    if ":" in args.env_id:
-        settings = getattr(import_env_module(args.env_id), "SETTINGS", {})
-        return checked(settings, f"SETTINGS of --env-id {args.env_id}")
-    if not uses_isaacgym(args):
-        return {}
-    return settings_from_yaml(compose_isaacgym_config(args).train.params, args.env_id)
+def flatten(tree: Any, separator: str, prefix: str = "") -> Dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}, with the separator "."."""
+    flat = {}
+    for key, value in tree.items():
+        if hasattr(value, "items"):
+            flat.update(flatten(value, separator, f"{prefix}{key}{separator}"))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
-    """Arguments from a <Task>PPO.yaml. UserError rather than training without what it asks for."""
-    defaults = dict(value_bootstrap=False, normalize_value=False, save_best_after=100)  # rl_games'
-    config, network = {**defaults, **params["config"]}, params["network"]
-    space, mlp = network.get("space") or {}, network.get("mlp") or {}
-    normal = space.get("continuous") or {}
-    off = (None, "None", False, 0)
-    central = config.get("central_value_config")
-    critic = {} if central in off else central["network"]
-    critic_mlp = critic.get("mlp") or {}
-    activation = mlp.get("activation", "elu")
-    shaper = config.get("reward_shaper") or {}
-    shaping = {k: v for k, v in shaper.items() if k not in ("scale_value", "is_torch")}
-    algo, model = params["algo"]["name"], params["model"]["name"]
-    refused = (
-        (algo != "a2c_continuous", f"the algorithm {algo}"),
-        (model != "continuous_a2c_logstd", f"the model {model}"),
-        (network["name"] != "actor_critic", f"the network {network['name']}"),
-        ("rnn" in network or "rnn" in critic, "a recurrent network (LSTM or GRU)"),
-        ("cnn" in network or "cnn" in critic, "a convolutional network"),
-        (bool(space) and "continuous" not in space, "discrete actions"),
-        (normal.get("fixed_sigma", True) is not True, "a state-dependent sigma"),
-        (normal.get("mu_activation") not in off, "an activation on the mean action"),
-        (mlp.get("d2rl") not in off or critic_mlp.get("d2rl") not in off, "d2rl layers"),
-        (critic_mlp.get("activation", activation) != activation, "two activations"),
-        (network.get("normalization") not in off, "layer normalisation"),
-        (config.get("normalize_rms_advantage") not in off, "normalize_rms_advantage"),
-        (config.get("use_smooth_clamp") not in off, "use_smooth_clamp"),
-        (config.get("bound_loss_type", "bound") != "bound", "a bound_loss_type other than bound"),
-        (any(v not in off for v in shaping.values()), "a reward_shaper beyond scale_value"),
-    )
-    reasons = ", ".join(what for is_asked, what in refused if is_asked)
-    if reasons:
-        raise UserError(f"--env-id {task} cannot be trained here: its settings ask for {reasons}")
-    if not config.get("truncate_grads"):
-        config["grad_norm"] = 0.0
-    if config.get("lr_schedule") not in ("adaptive", "linear"):  # constant, identity, None ...
-        config["lr_schedule"] = "fixed"
-    config["bounds_loss_coef"] = config.get("bounds_loss_coef") or 0.0
-    config.update(units=mlp.get("units", ()), reward_scale=shaper.get("scale_value", 1.0))
-    config.update(activation=activation, separate=network.get("separate", False))
-    config["sigma_init"] = normal.get("sigma_init", {}).get("val", 0.0)
-    if critic:
-        config["critic_units"] = critic_mlp.get("units", ())
-        warn(f"{task}PPO.yaml has a central value network: here it shares the actor's optimizer")
-    settings = {}
-    for key in sorted(config.keys() - set(NO_EFFECT)):
-        name, value = RL_GAMES_NAMES.get(key, key), config[key]
-        if hasattr(Args, name):  # yaml reads 3e-4 as a string, 4 as an int and units as a list
-            settings[name] = type(getattr(Args, name))(value)
-        else:
-            warn(f"{task}PPO.yaml sets {key} = {value}, which this file does not know: ignored")
+    """Arguments from a <Task>PPO.yaml. UserError if it asks for something this file cannot do."""
+    settings: Dict[str, Any] = dict(units=[], reward_scale=1.0, bounds_loss_coef=0.0)
+    settings.update(save_best_after=100, value_bootstrap=False, normalize_value=False)
+    config = dict(params["config"])
+    central = {"central": config.pop("central_value_config", None) or {}}
+    flat = flatten({**params, "config": config, **central}, ".")
+    if not flat.pop("config.truncate_grads", False):
+        flat["config.grad_norm"] = 0.0
+    if flat.get("config.lr_schedule") not in ("adaptive", "linear"):  # constant, identity ...
+        flat["config.lr_schedule"] = "fixed"
+    refused, unused = [], set()
+    activation = flat.get("network.mlp.activation")
+    if flat.pop("central.network.mlp.activation", activation) != activation:
+        refused.append("two activations")
+    for path, value in flat.items():
+        words = path.split(".")
+        section, key = words[0], words[-1]
+        name = PLACES.get(path) or RL_GAMES_NAMES.get(key, key)
+        requirement = ".".join(words[-2:])
+        if value is None:
+            continue
+        if path in PLACES or (section == "config" and name in passed_on("env_id")):
+            settings[name] = value
+        elif requirement in REQUIRED:
+            if value != REQUIRED[requirement]:
+                refused.append(f"{path} = {value}")
+        elif "network" in words or "reward_shaper" in words:
+            if value is not False and value != "None":
+                refused.append(f"{path} = {value}")
+        elif section in ("config", "central") and words[1] not in HARMLESS:
+            unused.add(path.replace("config.", ""))
+    if refused:
+        raise UserError(f"{task} cannot be trained: its settings ask for {', '.join(refused)}")
+    if unused:
+        log(f"settings of {task} that are not used here: {', '.join(sorted(unused))}")
     return settings
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of --device; UserError where there is none, never another device in silence."""
+    """The device of --device. UserError if torch does not know it or does not see it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
-    known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if name not in known:
-        raise UserError(f"--device {name} is unknown: torch sees {', '.join(known)} here")
-    return torch.device(name)
-
-
-def compiled(functions: Sequence[Callable], env, device: torch.device) -> List[Callable]:
-    """The functions, compiled, and env.step too. Where there is no compiler: all as they are."""
     try:
-        torch.compile(lambda x: x.exp() + 1.0)(torch.ones(8, device=device))
-    except Exception as exc:
-        warn(f"torch.compile does not work here ({first_line(exc)}): going on without --compile")
-        return list(functions)
-    if getattr(env, "compilable", False):
-        # With the option it draws the same random numbers as without --compile.
-        env.step = torch.compile(env.step, options=dict(fallback_random=True))
-    mode = "reduce-overhead" if device.type == "cuda" else "default"
-    return [torch.compile(function, mode=mode) for function in functions]
+        return torch.empty(0, device=f"cuda:{LOCAL_RANK}" if name == "cuda" else name).device
+    except (AssertionError, RuntimeError) as exc:
+        raise UserError(f"--device {name} cannot be used: {str(exc).splitlines()[0]}") from exc
 
 
 # METRICS ==========================================================================================
 # A reward: env.step -> rollout -> buffer -> EpisodeMeter.add_rollout (its sum over the episode) ->
-#           collect_figures (mean of the last episodes) -> log_epoch -> Writer.add_scalar
-# infos:    env.step -> PPOAgent.on_step -> RLGPUAlgoObserver -> Writer.add_scalar
+#           collect_metrics (mean of the last episodes) -> log_epoch -> Writer.add_scalar
+# infos:    env.step -> PPOAgent.after_step -> RLGPUAlgoObserver -> Writer.add_scalar
 # Writer:   -> TensorBoard; and all scalars of the epoch -> WandbAlgoObserver.after_print_stats
 # For another backend write an AlgoObserver (examples/own_observer.py): main(observers=[Mine()]).
 
+EPISODE_SUMS = ("rewards", "shaped_rewards", "episode_lengths")  # rl_games' names in the log
+
 
 class EpisodeMeter:
-    """Sums of `width` quantities over the running episodes and the last `size` finished ones."""
+    """Sums of `width` quantities over the running episodes, and their mean over about the last
+    `size` finished ones, as in rl_games' AverageMeter: the n episodes that end in one step enter it
+    as their mean, with the weight min(n, size), and push out as many older ones."""
 
     def __init__(self, num_envs: int, size: int, width: int, device: torch.device):
         self.size = size
         self.running = torch.zeros(num_envs, width, device=device)
-        self.finished = torch.zeros(0, width, device=device)
-        self.count = 0  # episodes finished so far
+        self.mean = torch.zeros(width, dtype=torch.float64)
+        self.count = 0  # episodes in the mean
 
-    def add_rollout(self, quantities: Sequence[Tensor], dones: Tensor) -> None:
-        """Add `width` tensors (T, E) and dones (T, E). Waits for a GPU: call it once an epoch."""
+    def add_rollout(self, quantities: Sequence[Tensor], dones: Tensor) -> Tensor:
+        """Add `width` tensors (T, E) and dones (T, E). Returns the sums of the episodes that ended
+        (n, width). Waits for a GPU: call it once an epoch."""
         sums = torch.stack(tuple(quantities), dim=-1)
         ended = dones.bool()
         for t in range(len(sums)):
             self.running += sums[t]
             sums[t] = self.running
             self.running.masked_fill_(ended[t].unsqueeze(1), 0.0)
-        new = sums[ended]
-        self.finished = torch.cat((self.finished, new))[-self.size :]
-        self.count += len(new)
+        totals = sums.masked_fill(~ended.unsqueeze(-1), 0.0).sum(1).double().cpu()
+        for total, n in zip(totals, ended.sum(1).tolist()):
+            weight = min(n, self.size)
+            kept = min(self.count, self.size - weight)
+            if n > 0:
+                self.mean = (self.mean * kept + total / n * weight) / (kept + weight)
+                self.count = kept + weight
+        return sums[ended]
 
 
-def check_finite(agent: PPOAgent) -> None:
-    """TrainingError before NaN or Inf of a rollout reach the weights; it names what came first."""
-    buffer, steps = agent.buffer, agent.args.num_steps
-    sums = torch.stack([x.sum() for x in (agent.obs, *buffer.values())])  # quicker than looking
+def check_finite(buffer: Dict[str, Tensor], obs: Tensor, epoch: int) -> None:
+    """UserError, in all processes, before NaN or Inf of a rollout reach the weights."""
+    columns = {"obs": buffer["obs"], "next obs": obs.unsqueeze(0), **buffer}
+    sums = torch.stack([x.sum() for x in columns.values()])  # quicker than looking at each number
     if average(sums.isfinite().all().float()) == 1.0:
         return
-    rows = [(t, name, x[t]) for t in range(steps) for name, x in buffer.items()]
-    for t, name, x in [*rows, (steps, "obs", agent.obs)]:
-        bad = int((~x.isfinite()).reshape(len(x), -1).any(1).sum())
-        if bad:
-            what = f"{name} of {bad} of {len(x)} envs at step {t + 1} of the rollout"
-            raise TrainingError(f"NaN or Inf in {what}, epoch {agent.epoch_num}")
-    if WORLD_SIZE > 1:  # else it was only a sum that is too large
-        raise TrainingError(f"NaN or Inf in another process, so number {RANK} stops too")
+    for name, x in columns.items():
+        bad_envs = (~x.isfinite()).transpose(0, 1).flatten(1).any(1)  # (E,)
+        if bad_envs.any():
+            where = f"{name} of {int(bad_envs.sum())} of {len(bad_envs)} envs"
+            raise UserError(f"NaN or Inf in {where}, epoch {epoch}")
+    raise UserError(f"NaN or Inf in another process, epoch {epoch}")
 
 
-EPISODE_SUMS = ("rewards", "shaped_rewards", "episode_lengths")  # rl_games' names in the log
-
-
-def collect_figures(agent: PPOAgent, losses: Tensor, batch: Batch) -> Dict[str, float]:
-    """The epoch's figures by name, averaged over the processes, in one transfer from the device.
-    Sets agent.mean_rewards; TrainingError if the update has gone wrong."""
-    window = agent.episodes.finished
-    unexplained = (batch.returns - batch.values).var() / batch.returns.var().clamp(min=1e-8)
-    tensors = dict(zip((*LOSSES, "kl"), losses), explained_variance=1.0 - unexplained, lr=agent.lr)
+def collect_metrics(agent: PPOAgent, losses: Dict[str, Tensor], batch: Batch, ended: Tensor):
+    """The epoch's metrics by their tags, averaged over the processes, in one transfer from the
+    device. ended (n, 3): EPISODE_SUMS of the episodes that ended. UserError if the update went
+    wrong."""
+    episodes, tensor = agent.episodes, agent.lr.new_tensor
+    returns, errors = batch["returns"], batch["returns"] - batch["values"]
+    tensors = {f"losses/{name}": x for name, x in losses.items()}
+    tensors["losses/explained_variance"] = 1.0 - errors.var() / returns.var().clamp(min=1e-8)
+    tensors["info/kl"] = tensors.pop("losses/kl")
     weights = agent.model.state_dict().values()  # and statistics
     tensors["weights"] = torch.stack([x.float().sum() for x in weights]).sum()
-    tensors.update(zip(EPISODE_SUMS, window.sum(0)))
-    tensors.update(zip(("finished", "stop"), agent.lr.new_tensor([len(window), agent.stop_signal])))
-    figures = dict(zip(tensors, average(torch.stack(list(tensors.values()))).tolist()))
-    for name in (*LOSSES, "kl", "weights"):
-        if not math.isfinite(figures[name]):
-            raise TrainingError(f"NaN or Inf in the {name} of the update, epoch {agent.epoch_num}")
-    if figures["finished"]:
+    tensors["info/last_lr"] = agent.lr
+    tensors.update(zip(EPISODE_SUMS, tensor((episodes.mean * episodes.count).tolist())))
+    tensors.update(finished=tensor(episodes.count), stop=tensor(agent.stop_signal))
+    averages = average(torch.stack(list(tensors.values()))).tolist()
+    metrics = dict(zip(tensors, averages))
+    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(f"NaN or Inf in {', '.join(bad)} of the update, epoch {agent.epoch_num}")
+    if metrics["finished"]:
         for name in EPISODE_SUMS:
-            figures[name] /= figures["finished"]
-        agent.mean_rewards = figures["rewards"]
-    if figures["stop"] and not agent.stop_signal:  # another process got a signal
+            metrics[name] /= metrics["finished"]
+        agent.mean_rewards = metrics["rewards"]
+    if metrics["stop"] and not agent.stop_signal:  # another process got a signal
         agent.stop_signal = signal.SIGTERM
-    return figures
-
-
-def log_epoch(agent: PPOAgent, figures, step_time: float, play_time: float, epoch_time: float):
-    """Write the epoch's scalars under rl_games' tags, call the observers, draw the console line.
-    Returns what best.pth goes by, the mean reward or best_metric; nan if this epoch has none."""
-    if RANK != 0:
-        return math.nan
-    args, epoch, frame, writer = agent.args, agent.epoch_num, agent.frame, agent.writer
-    rates = [agent.frames_per_epoch / max(t, 1e-9) for t in (step_time, play_time, epoch_time)]
-    for name, rate in zip(("step", "step_inference", "step_inference_rl_update"), rates):
-        writer.add_scalar(f"performance/{name}_fps", rate, frame)
-    writer.add_scalar("performance/step_time", step_time, frame)
-    writer.add_scalar("performance/step_inference_time", play_time, frame)
-    writer.add_scalar("performance/rl_update_time", epoch_time - play_time, frame)
-    for name in (*LOSSES, "explained_variance"):
-        writer.add_scalar(f"losses/{name}", figures[name], frame)
-    info = dict(last_lr=figures["lr"], lr_mul=1.0, e_clip=args.clip_coef, kl=figures["kl"])
-    for name, value in dict(info, epochs=epoch).items():
-        writer.add_scalar(f"info/{name}", value, frame)
-    score, done = math.nan, "no episode finished yet"
-    if figures["finished"]:
-        for name in EPISODE_SUMS:
-            writer.add_on_axes(name, figures[name], step=frame, iter=epoch, time=agent.total_time)
-        score = agent.mean_rewards
-        done = f"reward {score:.2f} length {figures['episode_lengths']:.1f}"
-    agent.algo_observer.after_print_stats(frame, epoch, agent.total_time)
-    if args.best_metric:
-        score = writer.scalars.get(args.best_metric, math.nan)
-        known = agent.metric_known or args.best_metric in writer.scalars
-        if figures["finished"] and not known:
-            ours = ("performance/", "losses/", "info/")
-            tags = ", ".join(tag for tag in writer.scalars if not tag.startswith(ours))
-            warn(f"--best-metric {args.best_metric} is not logged: {tags} are")
-        agent.metric_known = known or figures["finished"] > 0  # or it was said
-    writer.end_epoch()
-
-    left = int(epoch_time * (args.max_epochs - epoch))
-    left = f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-    fps = "fps " + "/".join(f"{rate / 1000:.0f}k" for rate in rates)
-    lr = f"lr {figures['lr']:.1e}"
-    log(f"epoch {epoch}/{args.max_epochs}", done, left, lr, fps, f"frames {frame:,}", live=True)
     limit = agent.max_episode_length or math.inf
-    if not agent.time_outs_seen and (agent.episodes.finished[:, 2] >= limit - 1).any():
+    if not agent.time_outs_seen and (ended[:, 2] >= limit - 1).any():
         warn("without infos['time_outs'], episodes cut at max_episode_length count as failed")
+    return metrics
+
+
+def log_epoch(agent: PPOAgent, metrics, step_time: float, play_time: float, epoch_time: float):
+    """Write the epoch's scalars under rl_games' tags, call the observers, print a line. Returns the
+    score for best.pth: the mean reward or best_metric; nan if this epoch has not logged it."""
+    args, epoch, frame, writer = agent.args, agent.epoch_num, agent.frame, agent.writer
+    scalars = {tag: value for tag, value in metrics.items() if "/" in tag}
+    scalars.update({"info/lr_mul": 1.0, "info/e_clip": args.clip_coef, "info/epochs": epoch})
+    times = dict(step=step_time, step_inference=play_time, step_inference_rl_update=epoch_time)
+    scalars.update({f"performance/{k}_fps": agent.frames_per_epoch / t for k, t in times.items()})
+    scalars["performance/step_time"] = step_time
+    scalars["performance/step_inference_time"] = play_time
+    scalars["performance/rl_update_time"] = epoch_time - play_time
+    for tag, value in scalars.items():
+        writer.add_scalar(tag, value, frame)
+    reward = "no episode finished yet"
+    if metrics["finished"]:
+        for name in EPISODE_SUMS:
+            writer.add_on_axes(name, metrics[name], step=frame, iter=epoch, time=agent.total_time)
+        reward = f"reward {metrics['rewards']:.2f} length {metrics['episode_lengths']:.1f}"
+    agent.algo_observer.call("after_print_stats", frame, epoch, agent.total_time)
+    score = writer.scalars.get(args.best_metric or "rewards/step", math.nan)
+    if metrics["finished"] and math.isnan(score):
+        warn(f"--best-metric {args.best_metric} is not logged: TensorBoard shows the tags that are")
+    writer.scalars.clear()
+    left = timedelta(seconds=int(epoch_time * (args.max_epochs - epoch)))
+    rates = f"lr {metrics['info/last_lr']:.1e} fps {agent.frames_per_epoch / epoch_time:,.0f}"
+    log(f"epoch {epoch}/{args.max_epochs} {reward} left {left} {rates}")
     return score
 
 
 class Writer(SummaryWriter):
-    """A SummaryWriter that remembers the epoch's scalars, whoever wrote them, for other backends,
-    and writes those of one step as one event, ten times cheaper than one event each."""
+    """A SummaryWriter that remembers the epoch's scalars, whoever wrote them, for other backends.
+    If the disk is full, TensorBoard loses points, but training goes on."""
 
     def __init__(self, run_dir: str, args: Args):
-        try:
-            super().__init__(os.path.join(run_dir, "summaries"))
-        except (OSError, ValueError) as exc:  # ValueError: a name that is not UTF-8
-            raise UserError(f"{run_dir}/summaries cannot be written: {first_line(exc)}") from exc
+        super().__init__(os.path.join(run_dir, "summaries"))
         rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
         self.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *rows]))
-        self.scalars: Dict[str, float] = {}
-        self.steps: Dict[int, List[Summary.Value]] = collections.defaultdict(list)
-        self.works = True
+        self.scalars: Dict[str, float] = {}  # tag -> value
+        self.steps: Dict[str, Any] = {}  # tag -> global_step
 
     def add_scalar(self, tag, scalar_value, global_step=None, *args, **kwargs) -> None:
-        self.scalars[tag] = value = float(scalar_value)
-        self.steps[int(global_step or 0)].append(Summary.Value(tag=tag, simple_value=value))
+        self.scalars[tag] = torch.as_tensor(scalar_value, dtype=torch.float64).item()
+        self.steps[tag] = global_step
+        with contextlib.suppress(OSError):
+            super().add_scalar(tag, self.scalars[tag], global_step, *args, **kwargs)
 
     def add_on_axes(self, name: str, value: float, **steps: float) -> None:
         """A scalar over several x-axes: one tag for each."""
         for axis, step in steps.items():
             self.add_scalar(f"{name}/{axis}", value, step)
 
-    def end_epoch(self) -> None:
-        try:
-            for step, values in self.steps.items() if self.works else ():
-                self.file_writer.add_summary(Summary(value=values), step)
-        except Exception as exc:  # a full disk, for example, stops the curve but not training
-            self.works = False
-            warn(f"TensorBoard's events cannot be written ({exc}): training goes on")
-        self.steps.clear()
-        self.scalars.clear()
-
 
 class AlgoObserver:
-    """rl_games' six hooks, in the order in which they are called, and three of our own. None needs
-    to be overridden, and rl_games' own observers plug in unchanged.
+    """rl_games' six hooks, in the order in which they are called, and close. None needs to be
+    overridden, and rl_games' own observers plug in unchanged. config: the arguments, by rl_games'
+    names too, and run_dir; done_indices (n, 1): the environments whose episode ended, of which
+    algo.dones (E,) is the mask; frame: env steps; total_time: seconds."""
 
-    before_init        before training; config: the arguments, by rl_games' names too, and run_dir
-    after_init         the PPOAgent is complete
-    process_infos      after each step; done_indices (n, 1): the environments whose episode ended,
-                       of which algo.dones (E,) is the mask; copy what you keep of infos
-    after_steps        after the rollout, before the update
-    after_clear_stats  rl_games calls it when it clears its meters; here nothing does
-    after_print_stats  at the end of an epoch: log here; frame: env steps; total_time: seconds
-    close              the run ends
-    state_dict         what to keep in checkpoints: tensors, numbers, strings, lists and dicts
-    load_state_dict    gets it back, after after_init, when a run is continued"""
+    def before_init(self, base_name: str, config: Dict[str, Any], experiment_name: str) -> None: ...
 
     def after_init(self, algo: PPOAgent) -> None:
         self.algo = algo
         self.writer = algo.writer
 
-    def state_dict(self) -> Dict[str, Any]:
-        return {}
-
-    def before_init(self, base_name: str, config: Dict[str, Any], experiment_name: str) -> None: ...
     def process_infos(self, infos: Dict[str, Any], done_indices: Optional[Tensor]) -> None: ...
-    def after_steps(self) -> None: ...
-    def after_clear_stats(self) -> None: ...
+    def after_steps(self) -> None: ...  # between rollout and update
+    def after_clear_stats(self) -> None: ...  # rl_games clears its meters; here nothing calls it
     def after_print_stats(self, frame: int, epoch_num: int, total_time: float) -> None: ...
-    def close(self) -> None: ...
-    def load_state_dict(self, state: Dict[str, Any]) -> None: ...
+    def close(self) -> None: ...  # the run ends
 
 
 class RLGPUAlgoObserver(AlgoObserver):
     """Logs what the environment puts into infos, as IsaacGymEnvs' observer of this name does:
 
     infos["episode"][key]             tensor or number      Episode/<key>: mean over the epoch
-    infos["episode_cumulative"][key]  (E,), summed up over  episode_cumulative{,_min,_max}/<key>:
-                                      each episode          over the last games_to_track episodes
+    infos["episode_cumulative"][key]  (E,), summed up over  episode_cumulative/<key>: mean, as for
+                                      each episode          rewards; _min and _max of this epoch
     any scalar, nested or not         <key>/{frame,iter,time}: mean over the epoch
 
-    Keys may come and go, and nothing leaves the device during the rollout."""
+    Keys may come and go, numbers that are not finite are left out, and nothing leaves the device
+    during the rollout. With several processes these are rank 0's environments."""
 
     def after_init(self, algo) -> None:
         super().after_init(algo)
-        self.totals: Dict[str, List[Any]] = collections.defaultdict(lambda: [0.0, 0])  # sum, count
-        self.steps = collections.defaultdict(list)  # episode_cumulative's key -> (value, dones) ...
+        self.values = defaultdict(list)  # tag -> what was reported in this epoch
+        self.steps = defaultdict(list)  # episode_cumulative's key -> (value, dones) of each step
         size = (len(algo.dones), algo.games_to_track, 1, algo.device)
-        self.meters = collections.defaultdict(lambda: EpisodeMeter(*size))
+        self.meters = defaultdict(lambda: EpisodeMeter(*size))
 
     def process_infos(self, infos, done_indices) -> None:
-        cumulative = infos.get("episode_cumulative")
-        for key, value in cumulative.items() if isinstance(cumulative, dict) else ():
-            if isinstance(value, Tensor) and value.shape == self.algo.dones.shape:
+        for tag, value in flatten(infos, "/").items():
+            kind, _, key = tag.partition("/")
+            is_number = isinstance(value, (int, float, np.number))
+            is_tensor = isinstance(value, Tensor) and (value.dim() == 0 or kind == "episode")
+            if kind == "episode_cumulative":
                 value = value.to(self.algo.device, torch.float32, copy=True)
-                self.steps[key].append((value, self.algo.dones))
-        self.add({key: value for key, value in infos.items() if key != "episode_cumulative"}, "")
+                self.steps[key].append((value.nan_to_num(0.0, 0.0, 0.0), self.algo.dones))
+            elif is_number or is_tensor:  # other things are not for the log
+                numbers = torch.as_tensor(value, dtype=torch.float32).detach().flatten()
+                self.values[tag].append(numbers.clone())
 
-    def add(self, infos: Dict[str, Any], prefix: str) -> None:
-        for key, value in infos.items():
-            tag = f"{prefix}{key}"
-            try:
-                if isinstance(value, dict):
-                    self.add(value, "Episode/" if tag == "episode" else f"{tag}/")
-                elif isinstance(value, (int, float, np.number)):
-                    self.count(tag, float(value), 1)
-                elif not isinstance(value, Tensor):
-                    raise TypeError(f"it is a {type(value).__name__}")
-                elif value.dim() == 0 or prefix == "Episode/":
-                    value = value.detach().to(self.algo.device, torch.float32)
-                    self.count(tag, value.sum(), value.numel())
-            except (ArithmeticError, NotImplementedError, TypeError) as exc:  # the others stay
-                warn(f"infos: {tag} cannot be logged: {first_line(exc)}")
-
-    def count(self, tag: str, total: Any, n: int) -> None:
-        self.totals[tag] = [self.totals[tag][0] + total, self.totals[tag][1] + n]
-
-    def after_steps(self) -> None:
-        """Bring together what the environments of all processes have reported."""
-        if WORLD_SIZE > 1:
-            everyone: List[Any] = [None] * WORLD_SIZE
-            mine = {tag: (float(total), n) for tag, (total, n) in self.totals.items()}
-            together(dist.all_gather_object, everyone, mine)
-            self.totals.clear()
-            if RANK != 0:  # only rank 0 logs, so nothing may pile up here
-                self.steps.clear()
-                return
-            for totals in everyone:
-                for tag, (total, n) in totals.items():
-                    self.count(tag, total, n)
-
-    def figures(self) -> Dict[str, float]:
+    def means(self) -> Dict[str, float]:
         """What the environments have reported since the last call, by tag without its axis."""
-        found = {tag: float(total) / n for tag, (total, n) in self.totals.items() if n}
-        self.totals.clear()
+        found = {}
+        for tag, values in self.values.items():
+            numbers = torch.cat(values)
+            numbers = numbers[numbers.isfinite()]  # the mean over no episodes is NaN
+            if len(numbers):
+                found[re.sub("^episode/", "Episode/", tag)] = float(numbers.mean())
         for key, steps in self.steps.items():
             values, dones = (torch.stack(x) for x in zip(*steps))
-            meter, before = self.meters[key], self.meters[key].count
-            meter.add_rollout((values,), dones)
-            if meter.count > before:
-                found[f"episode_cumulative/{key}"] = float(meter.finished.mean())
-                found[f"episode_cumulative_min/{key}_min"] = float(meter.finished.min())
-                found[f"episode_cumulative_max/{key}_max"] = float(meter.finished.max())
+            ended = self.meters[key].add_rollout((values,), dones)
+            if len(ended):
+                found[f"episode_cumulative/{key}"] = float(self.meters[key].mean)
+                found[f"episode_cumulative_min/{key}_min"] = float(ended.min())
+                found[f"episode_cumulative_max/{key}_max"] = float(ended.max())
+        self.values.clear()
         self.steps.clear()
         return found
 
     def after_print_stats(self, frame, epoch_num, total_time) -> None:
-        for tag, value in self.figures().items():
+        for tag, value in self.means().items():
             if tag.startswith("Episode/"):
                 self.writer.add_scalar(tag, value, epoch_num)
             elif tag.startswith("episode_cumulative"):
@@ -1229,356 +1138,246 @@ class RLGPUAlgoObserver(AlgoObserver):
             else:
                 self.writer.add_on_axes(tag, value, frame=frame, iter=epoch_num, time=total_time)
 
-    def state_dict(self) -> Dict[str, Any]:
-        return {key: [m.running, m.finished, m.count] for key, m in self.meters.items()}
-
-    def load_state_dict(self, state) -> None:
-        for key, (running, finished, count) in state.items():
-            meter = self.meters[key]
-            if running.shape == meter.running.shape:  # with another num_envs it starts anew
-                meter.running.copy_(running)
-                meter.finished, meter.count = finished.to(self.algo.device), count
-
 
 class WandbAlgoObserver(AlgoObserver):
-    """Sends the epoch's scalars to Weights & Biases; training goes on if that is absent, offline,
-    slow or broken. sync_tensorboard would get the x-axis of <tag>/iter and <tag>/time wrong, and
-    `step=` would drop points of a continued run, so define_metric names each tag's x-axis."""
-
-    patience = 20  # seconds for the server's first answer, and for the rest at the end
-    run: Any = None
-    defined: frozenset = frozenset()  # tags whose x-axis W&B knows
+    """Sends the epoch's scalars to Weights & Biases. sync_tensorboard would draw <tag>/iter and
+    <tag>/time over a wrong x-axis, and `step=` would drop points of a continued run, so
+    define_metric names the x-axis of each tag."""
 
     def before_init(self, base_name, config, experiment_name) -> None:
-        os.environ.setdefault("WANDB_INIT_TIMEOUT", "60")  # seconds
-        run_dir = config["run_dir"]
-        about = dict(project=config["wandb_project_name"], entity=config["wandb_entity"] or None)
-        about.update(name=experiment_name, id=config["wandb_run_id"], resume="allow", config=config)
-        about["dir"] = os.path.abspath(run_dir)
+        import wandb
+
+        options = dict(project=config["wandb_project_name"], name=experiment_name)
+        options.update(entity=config["wandb_entity"] or None, dir=config["run_dir"])
+        # W&B's own variables, such as WANDB_PROJECT, win.
+        options = {k: v for k, v in options.items() if f"WANDB_{k.upper()}" not in os.environ}
+        options.update(id=config["wandb_run_id"], resume="allow", config=config)
+        self.tags = set()  # those whose x-axis W&B knows
         try:
-            self.wandb = importlib.import_module("wandb")
-        except ImportError as exc:
-            return warn(f"--track: {exc} (pip install wandb): training goes on without it")
-        try:
-            settings = self.wandb.setup().settings
-            if settings.mode == "online":  # init would wait for minutes
-                with contextlib.suppress(urllib.error.HTTPError):  # any answer will do
-                    urllib.request.urlopen(settings.base_url, timeout=self.patience).close()
-            self.run = self.wandb.init(**about)
+            self.run = wandb.init(**options)
         except Exception as exc:
-            then = f"recording offline, upload later: wandb sync {run_dir}/wandb/offline-run-*"
-            warn(f"W&B failed to start: {first_line(exc)}; {then}")
-            self.in_time(self.wandb.teardown, 2)  # a failed start would spoil the next one
-            self.run = self.wandb.init(**about, mode="offline")
-        folder = os.path.join(run_dir, "code")
-        self.in_time(lambda: self.run.log_code(folder, include_fn=lambda _: True), self.patience)
+            where = f"{config['run_dir']}/wandb/offline-run-*"
+            warn(f"W&B did not start ({exc}): recording offline, upload later: wandb sync {where}")
+            wandb.teardown()  # a failed start would spoil the next one
+            self.run = wandb.init(**options, mode="offline")
 
     def after_print_stats(self, frame, epoch_num, total_time) -> None:
-        if self.run is None:
-            return
-        axes = dict(global_step=frame, epoch=epoch_num, time=total_time)
-        values = {**self.writer.scalars, **axes}
-        try:
-            for tag in values.keys() - self.defined:
-                axis = dict(iter="epoch", time="time").get(tag.rsplit("/", 1)[-1], "global_step")
-                self.run.define_metric(tag, step_metric=None if tag in axes else axis)
-            self.defined = self.defined.union(values)
-            self.run.log(values)
-        except Exception as exc:
-            self.give_up(f"failed ({exc}): training goes on without it")
+        scalars, steps = self.writer.scalars, self.writer.steps
+        # The step under which TensorBoard has a scalar is one of these, and tells the x-axis.
+        axes = {frame: "global_step", epoch_num: "epoch", total_time: "time"}
+        for tag in scalars.keys() - self.tags:
+            with contextlib.suppress(Exception):  # W&B reads a * in a name as a pattern
+                self.run.define_metric(tag, step_metric=axes.get(steps[tag], "global_step"))
+        self.tags.update(scalars)
+        self.run.log(dict(scalars, global_step=frame, epoch=epoch_num, time=total_time))
 
     def close(self) -> None:
-        if self.run is not None:
-            try:
-                self.in_time(self.finish, self.patience)
-            finally:  # also if Ctrl-C cuts the waiting short
-                if self.run is not None:
-                    self.give_up("did not take everything in time")
-
-    def finish(self) -> None:
-        algo, summary = self.algo, self.run.summary
-        summary["stop_reason"] = stop_reason(algo)
+        algo = self.algo
+        if self.writer.scalars:  # observers wrote them when they closed
+            self.after_print_stats(algo.frame, algo.epoch_num, algo.total_time)
         if algo.best_epoch:
-            summary.update(dict(best_reward=algo.last_mean_rewards, best_epoch=algo.best_epoch))
-            summary["best_metric"] = algo.args.best_metric or "mean reward"
-        # W&B <= 0.24 writes its file in blocks of 32 KiB. Repeating the config, 1 KiB or more,
-        # pushes the last rows out before the server is waited for.
-        for _ in range(32):
-            self.run.config.persist()
-        self.run.finish()
-        self.run = None
-
-    def give_up(self, why: str) -> None:
-        folder = os.path.relpath(os.path.dirname(self.run.dir))
-        self.run = None
-        warn(f"W&B {why}; upload the rest later with: wandb sync --include-online {folder}")
-        self.in_time(self.wandb.teardown, 2)  # or W&B's exit hook would wait without end
-
-    def in_time(self, call: Callable[[], Any], seconds: float) -> None:
-        """Wait for W&B, but not for long: then it may go on, in a thread that ends with us."""
-
-        def work():
-            with contextlib.suppress(Exception):
-                call()
-
-        thread = threading.Thread(target=work, daemon=True)
+            self.run.summary.update(dict(best_reward=algo.best_score, best_epoch=algo.best_epoch))
+        thread = threading.Thread(target=self.run.finish, daemon=True)
         thread.start()
-        thread.join(seconds)
+        thread.join(30.0)
+        if thread.is_alive():
+            folder = os.path.dirname(self.run.dir)
+            warn(f"W&B is too slow: upload the rest later by wandb sync {folder}")
 
 
-class MultiObserver(AlgoObserver):
-    """Calls every hook on each of `observers`, in order. One that raises is named and left out."""
+class MultiObserver:
+    """Calls a hook of each of `observers`, in order. One that raises is left out with a warning; if
+    strict, its exception ends training."""
 
-    def __init__(self, observers: Sequence[AlgoObserver], strict: bool = False):
-        self.everyone = list(observers)
-        self.observers = list(observers)  # without those that were left out
-        self.strict = strict  # let exceptions through
+    def __init__(self, observers: Sequence[Any], strict: bool = False):
+        self.observers = list(observers)
+        self.strict = strict
         # Ours uses the mask; another one that has a process_infos of its own may want the indices.
         ours = (AlgoObserver.process_infos, RLGPUAlgoObserver.process_infos)
         hooks = [getattr(type(observer), "process_infos", None) for observer in self.observers]
         self.needs_done_indices = any(hook not in ours for hook in hooks)
 
-    def ask(self, observer: AlgoObserver, hook: str, *args) -> Any:
-        """What the observer returns; None if it is left out or, like rl_games', lacks the hook."""
-        try:
-            if observer in self.observers and hasattr(observer, hook):
-                answer = getattr(observer, hook)(*args)
-                return plain(answer) if hook == "state_dict" else answer
-        except Exception as exc:
-            if self.strict or isinstance(exc, TrainingError):
-                raise
-            self.observers.remove(observer)
-            what = f"{type(observer).__name__}.{hook} raised {exc!r}"
-            what += f": training goes on without this observer\n{traceback.format_exc()}"
-            log(f"warning: {what}", stream=sys.stderr)
-
     def call(self, hook: str, *args) -> None:
         for observer in list(self.observers):
-            self.ask(observer, hook, *args)
-
-    before_init = functools.partialmethod(call, "before_init")
-    after_init = functools.partialmethod(call, "after_init")
-    process_infos = functools.partialmethod(call, "process_infos")
-    after_steps = functools.partialmethod(call, "after_steps")
-    after_clear_stats = functools.partialmethod(call, "after_clear_stats")
-    after_print_stats = functools.partialmethod(call, "after_print_stats")
-    close = functools.partialmethod(call, "close")
-
-    def state_dict(self) -> List[Any]:
-        """[class name, state] of each observer, so that two of one class have their own."""
-        return [[type(x).__name__, self.ask(x, "state_dict")] for x in self.everyone]
-
-    def load_state_dict(self, states: List[Any]) -> None:
-        for observer in self.everyone:
-            mine = next((entry for entry in states if entry[0] == type(observer).__name__), None)
-            states = [entry for entry in states if entry is not mine]  # those that are left
-            if mine and mine[1]:
-                self.ask(observer, "load_state_dict", mine[1])
+            try:
+                if hasattr(observer, hook):  # rl_games' observers have no close
+                    getattr(observer, hook)(*args)
+            except Exception:
+                if self.strict:
+                    raise
+                self.observers.remove(observer)
+                warn(f"going on without {type(observer).__name__}:\n{traceback.format_exc()}")
 
 
 # CHECKPOINTS ======================================================================================
 # runs/<experiment>/nn/epoch_<N>.pth   every save_frequency epochs
-#                      best.pth        at each new highest score, once a window of episodes is full
-#                      last.pth        when the run ends, by itself, by a signal or by an error
+#                      best.pth        at each new highest score, once the mean is of many episodes
+#                      last.pth        with each epoch_<N>.pth, and whenever the run ends
 #
-# Each holds rl_games' keys (model, optimizer, epoch, frame, last_mean_rewards, env_state) and what
-# exact continuation needs besides (agent_state): nothing but tensors, numbers, strings, lists and
-# dicts, so that it loads with weights_only=True, which runs no code.
+# No file is ever half written. What goes wrong is raised, and costs the epochs since the last save;
+# in a rollout it costs none, because the weights are still those of the last epoch.
 
-FORMAT_VERSION = 2
-COUNTERS = ("frame", "total_time", "last_mean_rewards", "best_epoch")
-CONVERT = "if it is rl_games', convert it: python tools/from_rl_games.py {} ours.pth"
+FORMAT_VERSION = 3
 
 
-def agent_state(agent: PPOAgent, with_env: bool = True) -> Dict[str, Any]:
-    """All that the run is, as a checkpoint keeps it; with_env: the state of the simulation too."""
-    env, episodes, optimizer = agent.env, agent.episodes, agent.optimizer.state_dict()
+def agent_state(agent: PPOAgent, mid_rollout: bool = False) -> Dict[str, Any]:
+    """All that the run is: rl_games' keys (model, optimizer, epoch, frame, last_mean_rewards,
+    env_state), and what exact continuation needs besides. Nothing but tensors, numbers, strings,
+    lists and dicts, so that it loads with weights_only=True, which runs no code."""
+    env, episodes, device = agent.env, agent.episodes, agent.device
+    optimizer = agent.optimizer.state_dict()
     optimizer["param_groups"][0].update(lr=float(agent.lr), fused=None)  # as rl_games has them
-    cuda = torch.cuda.get_rng_state(agent.device) if agent.device.type == "cuda" else None
-    state = {name: getattr(agent, name) for name in COUNTERS}
-    state.update(format_version=FORMAT_VERSION, version=__version__, args=asdict(agent.args))
-    state.update(model=agent.model.state_dict(), optimizer=optimizer, epoch=agent.epoch_num)
-    state.update(num_obs=int(env.num_obs), num_acts=int(env.num_acts))
-    if agent.num_states:
-        state["num_states"] = agent.num_states
-    state["clip_obs"] = float(getattr(env, "clip_obs", None) or math.inf)
-    state["env_state"] = env.get_env_state() if with_env and hasattr(env, "get_env_state") else None
-    state.update(rng=dict(torch=torch.get_rng_state(), cuda=cuda), first_epoch=agent.first_epoch)
-    state["episodes"] = [episodes.running, episodes.finished, episodes.count]
-    state.update(obs=agent.obs, dones=agent.dones, observers=agent.algo_observer.state_dict())
-    state.update(policy_metadata=agent.policy_metadata, wandb_run_id=agent.config["wandb_run_id"])
-    return plain(state)
-
-
-def plain(value: Any) -> Any:
-    """A copy of `value` made of what a checkpoint may hold; numpy becomes torch and Python."""
-    if isinstance(value, Tensor):
-        return value.detach().clone().as_subclass(Tensor)
-    if isinstance(value, np.ndarray):
-        return torch.tensor(value)
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, dict):
-        return {plain(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
-
-
-def check_like(found: Any, expected: Any, name: str) -> None:
-    """UserError unless `found` has the keys, types and shapes of `expected`. torch does not check
-    Adam's moments: of another shape they crash Python."""
-
-    def kind(x: Any) -> str:
-        if isinstance(x, Tensor):
-            return f"{x.layout} {x.dtype} {tuple(x.shape)}"
-        return "missing" if x is None else "nan" if x != x else type(x).__name__
-
-    if isinstance(found, dict) and isinstance(expected, dict):
-        for key in {**expected, **found}:
-            check_like(found.get(key), expected.get(key), f"{name}.{key}")
-    elif kind(found) != kind(expected):
-        what = f"{name} is {kind(found)}, but should be {kind(expected)}"
-        raise UserError(f"it does not fit this env, network or version: {what}")
+    # In the middle of a rollout an exact env_state does not fit the rest, but a curriculum's does.
+    exact, env_state = getattr(env, "exact_state", False), None
+    if hasattr(env, "get_env_state") and not (mid_rollout and exact):
+        with contextlib.suppress(*([Exception] if mid_rollout else [])):  # the env may be broken
+            env_state = env.get_env_state()
+    return dict(
+        format_version=FORMAT_VERSION,
+        version=__version__,
+        args=asdict(agent.args),
+        num_obs=int(env.num_obs),
+        num_acts=int(env.num_acts),
+        num_states=agent.num_states,
+        clip_obs=float(getattr(env, "clip_obs", None) or math.inf),
+        policy_metadata=agent.policy_metadata,
+        wandb_run_id=agent.config["wandb_run_id"],
+        device=device.type,
+        processes=WORLD_SIZE,
+        model=dict(agent.model.state_dict()),
+        optimizer=optimizer,
+        epoch=agent.epoch_num,
+        frame=agent.frame,
+        total_time=agent.total_time,
+        last_mean_rewards=agent.best_score,
+        best_epoch=agent.best_epoch,
+        episodes=dict(mean=episodes.mean, count=episodes.count, running=episodes.running),
+        env_state=env_state,
+        first_epoch=agent.first_epoch,
+        obs=agent.obs,
+        dones=agent.dones,
+        rng=torch.get_rng_state(),
+        cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    )
 
 
 def load_weights(model: ActorCritic, state: Dict[str, Any], path: str) -> None:
     """Load weights and statistics. UserError if they, or Adam's moments, do not fit this model."""
-    with reading(path):
-        check_like(state["model"], dict(model.state_dict()), "model")
-        for i, parameter in enumerate(model.parameters()):
-            fresh = dict(step=torch.zeros(()), exp_avg=parameter, exp_avg_sq=parameter)
-            check_like(state["optimizer"]["state"].get(i, fresh), fresh, f"optimizer.{i}")
+    try:
         model.load_state_dict(state["model"])
+    except RuntimeError as exc:
+        what = " ".join(str(exc).split())
+        raise UserError(f"{path} does not fit this env or network: {what:.300}") from exc
+    for parameter, adam in zip(model.parameters(), state["optimizer"]["state"].values()):
+        if not parameter.shape == adam["exp_avg"].shape == adam["exp_avg_sq"].shape:
+            raise UserError(f"{path}: Adam's moments have other shapes")  # torch would crash
 
 
 def restore_agent(agent: PPOAgent, state: Dict[str, Any], path: str) -> bool:
     """Go on from `state`. True if exactly, False if the environment had to start new episodes."""
+    args, env = agent.args, agent.env
     load_weights(agent.model, state, path)
-    with reading(path):
-        # The optimizer's settings are this run's, its moments the checkpoint's.
-        adam = state["optimizer"]
-        moments = plain(adam["state"])  # copies: their storage is as large as their shape says
-        agent.optimizer.load_state_dict({**agent.optimizer.state_dict(), "state": moments})
-        agent.optimizer.param_groups[0]["lr"] = agent.lr
-        if state["args"].get("learning_rate") in (None, agent.args.learning_rate):  # no new flag
-            agent.lr.fill_(adam["param_groups"][0]["lr"])
-        for name in COUNTERS:
-            check_like(state[name], getattr(agent, name), name)
-            setattr(agent, name, state[name])
-        agent.epoch_num = agent.whole_epoch = state["epoch"]
-        if state["args"].get("best_metric", "") != agent.args.best_metric:  # not to be compared
-            agent.last_mean_rewards, agent.best_epoch = -math.inf, 0
-        running, finished, count = state["episodes"]
-        agent.episodes.finished = finished.to(agent.device).view(-1, 3)
-        agent.episodes.count = int(count)
-        # Without exact_state the env's state is something like a curriculum: it fits any num_envs.
-        env, whole = agent.env, getattr(agent.env, "exact_state", False)
-        can_be_set = state["env_state"] is not None and hasattr(env, "set_env_state")
-        exact = state["obs"].shape == agent.obs.shape and can_be_set and whole and WORLD_SIZE == 1
-        if can_be_set and (exact or not whole):
-            env.set_env_state(state["env_state"])
-        if exact:
-            agent.obs = torch.empty_like(agent.obs).copy_(state["obs"])
-            agent.dones.copy_(state["dones"])
-            agent.episodes.running.copy_(running)
-            torch.set_rng_state(state["rng"]["torch"])
-            if state["rng"]["cuda"] is not None and agent.device.type == "cuda":
-                torch.cuda.set_rng_state(state["rng"]["cuda"], agent.device)
-        agent.first_epoch = int(state["first_epoch"]) if exact else agent.epoch_num
+    # The optimizer's settings are this run's, its moments and its learning rate the checkpoint's.
+    adam = state["optimizer"]
+    agent.optimizer.load_state_dict({**agent.optimizer.state_dict(), "state": adam["state"]})
+    agent.optimizer.param_groups[0]["lr"] = agent.lr
+    agent.lr.fill_(adam["param_groups"][0]["lr"])
+    agent.epoch_num = agent.first_epoch = state["epoch"]
+    agent.frame = state["frame"]
+    agent.total_time = state["total_time"]
+    # A new run folder has no best yet, and scores of two metrics cannot be compared.
+    if os.path.isdir(args.checkpoint) and state["args"].get("best_metric") == args.best_metric:
+        agent.best_score = state["last_mean_rewards"]
+        agent.best_epoch = state["best_epoch"]
+    agent.episodes.mean = state["episodes"]["mean"]
+    agent.episodes.count = state["episodes"]["count"]
+    agent.mean_rewards = float(agent.episodes.mean[0]) if agent.episodes.count else -math.inf
+    # An env without exact_state saves only global state, such as a curriculum's level, so num_envs
+    # may differ.
+    exact_state, saved = getattr(env, "exact_state", False), state["env_state"] is not None
+    one_process = WORLD_SIZE == 1 and state["processes"] == 1
+    same_sizes = state["device"] == agent.device.type and state["obs"].shape == agent.obs.shape
+    exact = exact_state and saved and one_process and same_sizes
+    if saved and exact == exact_state:
+        env.set_env_state(state["env_state"])
+    if exact:
+        agent.first_epoch = state["first_epoch"]
+        agent.obs = state["obs"].to(agent.device)
+        agent.dones = state["dones"].to(agent.device)
+        agent.episodes.running.copy_(state["episodes"]["running"])
+        torch.set_rng_state(state["rng"])
+        if agent.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], agent.device)
     return exact
 
 
-@contextlib.contextmanager
-def reading(path: str):
-    """Turn any exception inside into a UserError of one line that names `path`."""
-    try:
-        yield
-    except Exception as exc:
-        reason = first_line(exc)
-        if isinstance(exc, pickle.UnpicklingError):
-            reason = f"more than tensors, numbers and text is in it; {CONVERT.format(path)}"
-        elif not isinstance(exc, UserError):
-            reason = f"{type(exc).__name__}: {reason}"
-        raise UserError(f"{path} cannot be used: {reason}") from exc
-
-
 def save_checkpoints(agent: PPOAgent, score: float, finished: float) -> None:
-    """best.pth and epoch_<N>.pth, if it is time for them. finished: episodes in the window."""
+    """Write the checkpoints that this epoch is due. finished: episodes in the mean reward."""
     args, epoch = agent.args, agent.epoch_num
-    # The first episodes to end are the short ones, so wait for the others, and for a full window.
+    # The first episodes to end are the short ones, so wait for the others, and for enough of them.
     steps = (epoch - agent.first_epoch) * args.num_steps
-    fair = steps >= agent.max_episode_length and finished == args.games_to_track
-    if fair and epoch >= args.save_best_after and score > agent.last_mean_rewards:
-        before = (agent.last_mean_rewards, agent.best_epoch)
-        agent.last_mean_rewards, agent.best_epoch = score, epoch
-        if not save(agent, "best.pth"):  # it is not on disk, so it is still to be beaten
-            agent.last_mean_rewards, agent.best_epoch = before
-    if args.save_frequency and epoch % args.save_frequency == 0:
-        save(agent, f"epoch_{epoch}.pth")
+    fair = steps >= agent.max_episode_length and finished >= args.games_to_track
+    before = (agent.best_score, agent.best_epoch)
+    try:
+        if fair and epoch >= args.save_best_after and score > agent.best_score:
+            agent.best_score, agent.best_epoch = score, epoch
+            save(agent, "best.pth")
+            before = (score, epoch)
+        if args.save_frequency and epoch % args.save_frequency == 0:
+            save(agent, f"epoch_{epoch}.pth")
+            save(agent, "last.pth")
+    except OSError as exc:  # a full disk need not end training: there is a next time
+        agent.best_score, agent.best_epoch = before
+        warn(f"no checkpoint in epoch {epoch}: {exc}; the next save will try again")
 
 
-def save(agent: PPOAgent, name: str, final: bool = False, with_env: bool = True) -> bool:
-    """Save, or warn and return False: there is a next time. If it is final: TrainingError."""
+def save(agent: PPOAgent, name: str, mid_rollout: bool = False) -> None:
+    """Save, in rank 0, so that the file of this name is always whole, even after a power cut."""
     if RANK != 0:
-        return True
-    path = os.path.join(agent.nn_dir, name)
-    with contextlib.suppress(Exception):  # TensorBoard's trouble is not the checkpoint's
+        return
+    with contextlib.suppress(OSError):
         agent.writer.flush()  # the curve on disk is never behind the checkpoint
-    try:
-        save_checkpoint(agent_state(agent, with_env), path)
-    except OSError as exc:
-        what = f"cannot be written ({exc.strerror or exc})"
-        if final:
-            raise TrainingError(f"{path} {what}: epoch {agent.epoch_num} is not on disk") from exc
-        warn(f"{path} {what}; the next save will try again")
-        return False
-    return True
-
-
-def save_checkpoint(state: Dict[str, Any], path: str) -> None:
-    """Write `state` so that `path` always holds a whole file, even if the machine dies."""
     serialised = io.BytesIO()  # torch.save to a file reports a full disk without a reason
-    torch.save(state, serialised)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    torch.save(agent_state(agent, mid_rollout), serialised)
+    folder = os.path.join(agent.config["run_dir"], "nn")
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, "saving.tmp")
+    with open(temporary, "wb") as file:
+        file.write(serialised.getbuffer())
+        file.flush()
+        sync(file.fileno())
+    os.replace(temporary, os.path.join(folder, name))
+    if os.name == "posix":  # the new name must be on disk, too
+        descriptor = os.open(folder, os.O_RDONLY)
+        sync(descriptor)
+        os.close(descriptor)
+
+
+def sync(descriptor: int) -> None:
+    """os.fsync, but for file systems that do not have it, such as some network drives."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(serialised.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+        os.fsync(descriptor)
+    except OSError as exc:
+        if exc.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
 
 
 def load_checkpoint(path: str) -> Dict[str, Any]:
     """Read a checkpoint to the CPU, without running code from it. UserError if it is no good."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path} is not a file")
-    with reading(path), open(path, "rb") as file:
-        archive = zipfile.ZipFile(file)
-        parts = archive.infolist()
-        # Compressed, or marked as a folder, which torch 2.4 would read as whatever is in memory.
-        odd = any(part.compress_type or part.external_attr & 0x10 for part in parts)
-        if odd or sum(part.file_size for part in parts) > os.path.getsize(path):  # they overlap
-            raise UserError("torch did not write it like this")
-        damaged = archive.testzip()  # torch.load ignores the checksums
-        if damaged:
-            raise UserError(f"{damaged} does not match its checksum")
-        file.seek(0)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        if "format_version" not in state:
-            raise UserError(f"it is not a checkpoint of train_ppo.py; {CONVERT.format(path)}")
-        if state["format_version"] != FORMAT_VERSION:
-            raise UserError(f"it has format {state['format_version']} instead of {FORMAT_VERSION}")
-        for name, empty in dict(epoch=0, args={}, wandb_run_id="", observers=[]).items():
-            if type(state[name]) is not type(empty):
-                raise UserError(f"{name} is a {type(state[name]).__name__}")
-        if not all(isinstance(entry, list) and len(entry) == 2 for entry in state["observers"]):
-            raise UserError("observers is not a list of names and states")
+    try:
+        if zipfile.ZipFile(path).testzip():  # torch.load ignores the checksums
+            raise ValueError("its checksum is wrong")
+        # torch < 2.6 would hand a TorchScript archive to torch.jit.load, which runs code.
+        with mock.patch("torch.jit.load", side_effect=ValueError("it is a TorchScript archive")):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as exc:
+        what = f"{type(exc).__name__}: {exc}".splitlines()[0]
+        if isinstance(exc, pickle.UnpicklingError):
+            what = "more than tensors, numbers and text is in it; see tools/from_rl_games.py"
+        raise UserError(f"{path} cannot be used: {what:.200}") from exc
+    if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
+        what = "a file of 1.0 needs train_ppo.py 1.0, one of rl_games tools/from_rl_games.py"
+        raise UserError(f"{path} is not a checkpoint of this version: {what}")
     return state
 
 
@@ -1586,355 +1385,190 @@ def find_checkpoint(path: str) -> Tuple[str, Dict[str, Any]]:
     """(file, content) of a file, or of a run folder's readable file with the highest epoch."""
     if not os.path.isdir(path):
         return path, load_checkpoint(path)
-    numbered = []  # (N, file) of epoch_<N>.pth, after last.pth and best.pth
+    numbers = {}  # file -> N of epoch_<N>.pth, or infinity
     for file in glob.glob(os.path.join(glob.escape(path), "nn", "*.pth")):
-        match = re.fullmatch(r"(?:last|best|epoch_(\d+))\.pth", os.path.basename(file))
-        if match:
-            numbered.append((float(match[1] or "inf"), file))
-    found: List[Tuple[str, Dict[str, Any]]] = []
-    for number, file in sorted(numbered, reverse=True):
-        try:
-            found.append((file, load_checkpoint(file)))
-            if number < math.inf:
-                break  # the others are older
+        match = re.fullmatch(r"epoch_(\d+)\.pth", os.path.basename(file))
+        numbers[file] = int(match[1]) if match else math.inf
+    newest = ("", dict(epoch=-1, env_state=None))
+    for file in sorted(numbers, key=numbers.get, reverse=True):
+        if numbers[file] < newest[1]["epoch"]:
+            break  # the others are older
+        try:  # of two files of the same epoch, one with the env's state is better
+            found = (file, load_checkpoint(file))
+            newest = max(
+                newest, found, key=lambda x: (x[1]["epoch"], x[1]["env_state"] is not None)
+            )
         except UserError as exc:
-            warn(f"{exc}: skipped")
-    if not found:
+            warn(f"skipped: {exc.code}")
+    if not newest[0]:
         raise UserError(f"{path} has no readable checkpoint in nn/")
-    return max(found, key=lambda item: item[1]["epoch"])
+    return newest
 
 
 # RUNNER ===========================================================================================
 
-
-class UserError(Exception):
-    """A mistake that the user can mend: `main` prints it as one line and exits with 2."""
+START_DIR = os.getcwd()  # an environment may change it
 
 
-class TrainingError(Exception):
-    """Training cannot go on, or its result is not on disk: one line, and exit code 1."""
+def log(message: str, stream=None) -> None:
+    """Print, in the process of rank 0."""
+    if RANK == 0:
+        # Dropped is what a closed terminal does not take, and what a signal handler prints in the
+        # middle of another print (RuntimeError).
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            print(message, file=stream, flush=True)
 
 
-def log(*fields: str, stream=None, live: bool = False) -> None:
-    """Print, in the process of rank 0. On a terminal a live line is drawn over by the next one, and
-    loses its last fields where it is too long. A terminal that is gone, full or of another encoding
-    must not end training, so what cannot be printed is dropped."""
-    if RANK != 0:
-        return
-    # RuntimeError: a signal handler printed while something else was being printed.
-    with contextlib.suppress(OSError, ValueError, RuntimeError):
-        terminal = sys.stdout is not None and sys.stdout.isatty()
-        if terminal:
-            print("\r\x1b[K", end="", flush=True)
-        while live and terminal and len(" ".join(fields)) >= shutil.get_terminal_size().columns:
-            fields = fields[:-1]
-        print(*fields, end="" if live and terminal else "\n", file=stream, flush=True)
-
-
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache(maxsize=None)  # each text once
 def warn(message: str) -> None:
-    """Print a warning, each text once per run."""
-    log(f"warning: {message}", stream=sys.stderr)
+    log(f"warning: {message}", sys.stderr)
 
 
-def first_line(exc: BaseException) -> str:
-    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+def shown(path: str) -> str:
+    """The path from where the program was started, quoted for a shell."""
+    start = START_DIR + os.sep
+    return shlex.quote(path[len(start) :] if path.startswith(start) else path)
 
 
-CLOSE_PATIENCE = 20.0  # seconds that an env has to close
-
-
-def close_env(env, code: int) -> None:
-    """Close the env, in the main thread as OpenGL requires. Everything is saved by then, so an
-    exception is only a warning, and an env that hangs ends the program with `code`."""
-    error = sys.exc_info()[1]
-
-    def give_up():
-        warn("the env's close() does not return, so the program ends without it")
-        if error is not None:
-            log(f"error: {error!r}", stream=sys.stderr)
-        os._exit(code)
-
-    timer = threading.Timer(CLOSE_PATIENCE, give_up)
-    timer.start()
-    try:
-        env.close()
-    except Exception as exc:
-        warn(f"the env's close() raised {exc!r}")
-    finally:
-        timer.cancel()
-
-
-def exit_code(stop_signal: int) -> int:
-    return 128 + stop_signal if stop_signal else 0
-
-
-def check_args(args: Args) -> None:
-    """UserError for values that make no sense."""
-    positive = "num_envs num_steps minibatch_size update_epochs max_epochs games_to_track".split()
-    for field in fields(Args):
-        value, least = getattr(args, field.name), int(field.name in positive)
-        any_sign = field.name in ("seed", "reward_scale", "sigma_init")
-        if field.type in (int, float) and not any_sign and not value >= least:  # true for nan, too
-            raise UserError(f"--{field.name.replace('_', '-')} must be >= {least}, not {value}")
-    if any(width < 1 for width in (*args.units, *args.critic_units)):
-        raise UserError("--units and --critic-units must be positive")
-    batch = args.num_envs * args.num_steps
-    size = min(args.minibatch_size, batch)
-    if not args.play and (batch % size or size < 2):
-        what = f"num_envs x num_steps = {batch} samples cannot be split into minibatches of {size}"
-        raise UserError(f"{what}: choose a --minibatch-size that divides {batch}")
-    if args.play and (not args.checkpoint or WORLD_SIZE > 1):
-        raise UserError("--play needs --checkpoint PATH, and no torchrun")
-    if args.checkpoint and args.init_from:
-        raise UserError("--checkpoint continues, --init-from starts anew: give one of them")
-    if args.resume and not args.experiment:
-        raise UserError("--resume needs --experiment NAME")
-    if args.experiment and os.path.isdir(args.checkpoint) and not args.resume:
-        file = os.path.join(args.checkpoint, "nn", "last.pth")
-        raise UserError(f"a run folder continues under its own name; for a new run give {file}")
-    if os.path.basename(args.experiment) != args.experiment:
-        raise UserError(f"--experiment {args.experiment} must be a plain name; see --train-dir")
-
-
-def seed_everything(args: Args) -> None:
-    seed = args.seed + RANK
+def seed_everything(args: Args, seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed % 2**63)  # the CPU's generator and every GPU's
+    np.random.seed(seed)
+    torch.manual_seed(seed)  # the CPU's generator and every GPU's
     if args.torch_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
 
-def open_run_dir(args: Args, origin: str) -> Tuple[str, Any]:
-    """The folder to train in, and the lock that keeps others out while this process lives. A folder
-    given as --checkpoint continues; all else gets a new one, so that nothing is overwritten."""
-    continues = os.path.isdir(args.checkpoint)
-    try:
-        run_dir = os.path.normpath(args.checkpoint) if continues else make_run_dir(args)
-        # O_NOFOLLOW: a link that someone put there must not lead to another file.
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        lock = open(os.open(os.path.join(run_dir, ".lock"), flags, 0o644))
-        with contextlib.suppress(ImportError):  # Windows
-            import fcntl
-
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as exc:
-                if exc.errno != errno.ENOLCK:  # some network file systems have no locks
-                    raise
-        nn_dir = os.path.join(run_dir, "nn")
-        for path in glob.glob(os.path.join(glob.escape(nn_dir), "*.pth.*.tmp")):
-            if os.path.isfile(path) and not os.path.islink(nn_dir):
-                os.remove(path)  # what a killed process left half written
-        if not continues:
-            describe_run(run_dir, args, origin)
-    except BlockingIOError as exc:
-        raise UserError(f"{run_dir} is being trained by another process: stop it first") from exc
-    except OSError as exc:
-        what = exc.filename or run_dir
-        raise UserError(f"{what} cannot be trained in: {exc.strerror or exc}") from exc
-    return run_dir, lock
-
-
-def make_run_dir(args: Args) -> str:
-    """A new folder. If the name is taken it is <name>_2, _3 ...; of two processes one gets it."""
+def make_run_dir(args: Args, origin: str) -> str:
+    """A new folder with config.json in it. If the name is taken it is <name>_2, _3 ..."""
     task = re.sub(r"[^A-Za-z0-9_-]+", "_", args.env_id)
     name = args.experiment or task + time.strftime("_%Y-%m-%d_%H-%M-%S")
-    os.makedirs(args.train_dir, exist_ok=True)
-    for n in range(1, 10**5):
+    for n in range(1, 10**6):
+        run_dir = os.path.join(args.train_dir, name if n == 1 else f"{name}_{n}")
         with contextlib.suppress(FileExistsError):
-            run_dir = os.path.join(args.train_dir, name if n == 1 else f"{name}_{n}")
-            os.makedirs(run_dir, exist_ok=args.resume)  # resumed before the first checkpoint
+            os.makedirs(run_dir, exist_ok=args.resume)  # resumed before its first checkpoint
             break
-    os.makedirs(os.path.join(run_dir, "nn"), exist_ok=args.resume)
+    folder = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
+    commit = subprocess.getoutput(f"git -C {folder} describe --always --dirty 2>/dev/null")
+    about = dict(args=asdict(args), origin=origin, command=shlex.join([sys.executable, *sys.argv]))
+    about.update(device=str(pick_device(args.device)), git_commit=commit)
+    about.update(python=sys.version, torch=torch.__version__, train_ppo=__version__)
+    with open(os.path.join(run_dir, "config.json"), "w") as file:
+        json.dump(about, file, indent=2)
     return run_dir
 
 
-def describe_run(run_dir: str, args: Args, origin: str) -> None:
-    """Write config.json and code/: this file, the script started, the env's module, git's diff."""
-    about = dict(args=asdict(args), origin=origin, command=shlex.join([sys.executable, *sys.argv]))
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__, train_ppo=__version__)
-    with open(os.path.join(run_dir, "config.json"), "w") as file:
-        json.dump(dict(about, versions=versions), file, indent=2)
-    folder = os.path.join(run_dir, "code")
-    os.makedirs(folder, exist_ok=True)
-    for name in (__name__, "__main__", args.env_id.partition(":")[0]):
-        path = getattr(sys.modules.get(name), "__file__", None) or ""
-        if path.endswith(".py") and os.path.isfile(path):
-            shutil.copy(path, folder)
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
-    options = dict(stderr=subprocess.DEVNULL, timeout=10)
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], **options)
-        diff = subprocess.check_output([*git, "diff", "HEAD"], **options)
-        with open(os.path.join(folder, "git.diff"), "wb") as file:
-            file.write(b"since commit " + commit + diff[: 10**7])  # bytes
+def open_run(agent: PPOAgent, state: Optional[Dict[str, Any]], origin: str):
+    """Get ready to write: run folder, config for observers, TensorBoard. Returns an open file that
+    keeps other processes out of the folder while this one lives."""
+    args, run_dir, run_id = agent.args, agent.args.checkpoint, os.urandom(4).hex()
+    if os.path.isdir(run_dir):
+        run_id = state["wandb_run_id"]
+    else:
+        run_dir = make_run_dir(args, origin)
+    lock = open(os.path.join(run_dir, ".lock"), "a")
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        raise UserError(f"{run_dir} is being trained by another process: stop it first") from exc
+    except (ImportError, OSError):  # Windows, and network drives that have no locks
+        pass
+    agent.writer = Writer(run_dir, args)
+    agent.config.update(asdict(args), run_dir=run_dir, name=os.path.basename(run_dir))
+    agent.config.update({name: agent.config[ours] for name, ours in RL_GAMES_NAMES.items()})
+    agent.config["wandb_run_id"] = os.environ.get("WANDB_RUN_ID", run_id)
+    save(agent, "last.pth")
+    try:  # a state that cannot come back is better refused now than later
+        load_checkpoint(os.path.join(run_dir, "nn", "last.pth"))
+    except UserError as exc:
+        what = "what get_env_state() and policy_metadata() return"
+        raise UserError(f"{what} must be tensors, numbers, text, lists and dicts of them") from exc
+    return lock
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep what an update frees for the next one. By default it gives much of it back to
-    the system, and getting it again, page by page, takes a tenth of a training on a CPU."""
+def run(args: Args, observer: MultiObserver, path: str = "", state=None) -> Dict[str, Any]:
+    """Train as args say. path, state: the checkpoint that they name, and its content. Returns what
+    `report` returns."""
+    device = pick_device(args.device)
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
+    # Have glibc keep what an update frees for the next one. By default it returns much of it, and
+    # getting it back, page by page, costs a tenth of the time on a CPU.
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        ctypes.CDLL(None).mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
+        libc = ctypes.CDLL(None)
+        if libc.mallopt(-3, 2**31 - 1):  # M_MMAP_THRESHOLD; glibc before 2.35 refuses this value
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # A run that is continued must not draw the random numbers of its first epochs again.
+    epoch = state["epoch"] if args.checkpoint else 0
+    seed = (args.seed + RANK + 1_000_003 * epoch) % 2**31
+    seed_everything(args, seed)
+    env = make_env(args, seed)
+    seed_everything(args, seed)  # making an env may draw any number of random numbers
+    try:
+        agent = PPOAgent(args, env, observer)
+        with stop_signals(agent):
+            train(agent, state, path)
+        return report(agent)
+    finally:
+        if hasattr(env, "close"):
+            env.close()
+        if WORLD_SIZE > 1 and device.type == "cuda":  # gloo needs no farewell, and may hang in it
+            dist.destroy_process_group()
 
 
-class Runner:
-    """Does what args say. path, state: the checkpoint that they name, and its content."""
-
-    def __init__(self, args: Args, observer: MultiObserver, path: str = "", state=None):
-        self.args = args
-        self.path = path
-        self.state = state
-        self.observer = observer
-        if RANK != 0:  # there the environments' reports are gathered, and nothing else
-            ours = [x for x in observer.observers if isinstance(x, RLGPUAlgoObserver)]
-            self.observer = MultiObserver(ours)
-
-    def run(self) -> Dict[str, Any]:
-        """Returns the figures of play, or of training."""
-        args, state = self.args, self.state
-        check_args(args)
-        if args.checkpoint and not args.play and state["epoch"] >= args.max_epochs:
-            what = f"{args.checkpoint} is complete: {state['epoch']} of {args.max_epochs} epochs"
-            log(f"{what}. To train longer give a larger --max-epochs")
-            return dict(run_dir=args.checkpoint, epoch=state["epoch"], stop_signal=0)
-        device = pick_device(args.device)
-        if args.torch_threads:
-            torch.set_num_threads(args.torch_threads)
-        keep_freed_memory()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            torch.set_float32_matmul_precision("high")  # TF32, as in rl_games
-        elif args.mixed_precision:
-            log("--mixed-precision does nothing on a CPU, as in rl_games")
-        if WORLD_SIZE > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        seed_everything(args)
-        env = make_env(replace(args, seed=args.seed + RANK))
-        seed_everything(args)  # making an env may draw any number of random numbers
-        try:
-            agent = PPOAgent(args, env, self.observer)
-            return play(agent, state, self.path) if args.play else self.train(agent)
-        finally:
-            if hasattr(env, "close"):
-                close_env(env, code=1 if sys.exc_info()[0] else exit_code(agent.stop_signal))
-            # gloo needs no farewell, and with torch 2.4 it sometimes hung in it.
-            if WORLD_SIZE > 1 and dist.get_backend() == "nccl":
-                dist.destroy_process_group()
-
-    def train(self, agent: PPOAgent) -> Dict[str, Any]:
-        """Load the checkpoint, open run folder and observers, train, save last.pth, report."""
-        args, state, path, observer = self.args, self.state, self.path, self.observer
-        continues = os.path.isdir(args.checkpoint)
-        if args.checkpoint:
-            exact = restore_agent(agent, state, path)
-            how = "exactly where it stopped" if exact else "the env starts new episodes"
-            what = f"{'continuing' if continues else 'branching off'} {path}"
-            log(f"{what} at epoch {agent.epoch_num}, frame {agent.frame:,}; {how}")
-        elif state is not None:
-            load_weights(agent.model, state, path)
-        opened, lock = [""], None
-        if RANK == 0:
-            opened[0], lock = open_run_dir(args, path)
-        if WORLD_SIZE > 1:
-            together(dist.broadcast_object_list, opened, 0)
-        run_id = state["wandb_run_id"] if continues else ""
-        agent.open(opened[0], os.environ.get("WANDB_RUN_ID") or run_id or os.urandom(4).hex())
-        observer.before_init("train_ppo", agent.config, agent.config["name"])
-        observer.after_init(agent)
-        if args.checkpoint:
-            observer.load_state_dict(state["observers"])
-        # A state that cannot be kept is found out before the first epoch, not at the first save.
-        states = "what get_env_state() or an observer's state_dict() returns"
-        with contextlib.nullcontext() if args.strict_observers else reading(states):
-            agent_state(agent)
-        envs = f"{WORLD_SIZE} x {args.num_envs}" if WORLD_SIZE > 1 else args.num_envs
-        what = f"{args.env_id} on {agent.device}, {envs} envs x {args.num_steps} steps"
-        log(f"training {what}; writing to {opened[0]}")
-        try:
-            with stop_signals(agent):
-                agent.train()
-                save(agent, "last.pth", final=True)
-        except BaseException:  # a simulator whose window is closed may call sys.exit
-            if agent.whole_epoch:  # the weights are those of a complete epoch
-                agent.epoch_num = agent.whole_epoch
-                with contextlib.suppress(Exception):  # the first exception is the one to see
-                    save(agent, "last.pth", final=True, with_env=False)  # the env may be broken
-            raise
-        finally:
-            observer.close()
-            with contextlib.suppress(Exception):  # rank 0 alone has a writer and a lock
-                agent.writer.close()
-                lock.close()
-        report(agent)
-        results = dict(run_dir=opened[0], epoch=agent.epoch_num, mean_reward=agent.mean_rewards)
-        return dict(results, best=agent.last_mean_rewards, stop_signal=agent.stop_signal)
-
-
-@torch.no_grad()
-def play(agent: PPOAgent, state: Dict[str, Any], path: str) -> Dict[str, float]:
-    """Evaluate the mean actions on the second episode of each environment: the first may have begun
-    before, and the first N to end, of whichever environments, would be the short ones."""
-    args, env, obs = agent.args, agent.env, agent.obs
-    agent.games_to_track = 10**6  # all episodes
-    agent.writer = None
-    observer = RLGPUAlgoObserver()
-    observer.after_init(agent)
-    with reading(path):  # the policy does without states, so this env may have other ones or none
-        model = ActorCritic(env.num_obs, env.num_acts, args, state.get("num_states", 0))
-        agent.model = model.to(agent.device)
-    load_weights(agent.model, state, path)
-    # Of each environment: sums over its second episode, and the episodes that it has ended.
-    returns, lengths, ended = torch.zeros(3, env.num_envs, device=agent.device)
-    limit = 4 * (agent.max_episode_length or 25_000)
-    for _ in range(limit):
-        actions = agent.model.mean_action(obs)
-        actions = actions.clamp(-1.0, 1.0) if args.clip_actions else actions
-        obs, rewards, agent.dones, _, infos = check_step(env.step(actions), env, agent.device)
-        observer.process_infos(infos, None)
-        returns += rewards * (ended == 1)
-        lengths += ended == 1
-        ended += agent.dones
-        if (ended >= 2).all():
-            break
-    returns, lengths = returns[ended >= 2], lengths[ended >= 2]
-    if len(returns) == 0:
-        raise TrainingError(f"no episode ended in {limit} steps, so there is nothing to report")
-    result = dict(mean=returns.mean().item(), std=returns.std(unbiased=False).item())
-    result.update(min=returns.min().item(), max=returns.max().item())
-    result.update(length=lengths.mean().item(), count=len(returns))
-    what = "reward mean {mean:.2f} std {std:.2f} min {min:.2f} max {max:.2f}, mean length "
-    what += "{length:.1f}, {count} episodes, one of each env, mean actions"
-    log(what.format(**result))
-    if len(returns) < env.num_envs:
-        warn(f"{env.num_envs - len(returns)} envs ended no whole episode in {limit} steps")
-    result["metrics"] = observer.figures()
-    for tag, value in result["metrics"].items():
-        log(f"{tag} {value:.5g}")
-    result.update(checkpoint=path, epoch=state["epoch"], env_id=args.env_id, seed=args.seed)
-    if args.json:
-        try:
-            with open(args.json, "w") as file:
-                json.dump(result, file, indent=2)
-        except OSError as exc:
-            raise UserError(f"--json {args.json} cannot be written: {exc.strerror}") from exc
-    return result
+def train(agent: PPOAgent, state: Optional[Dict[str, Any]], path: str) -> None:
+    """Load the checkpoint, open run folder and observers, train, save last.pth."""
+    args, observer = agent.args, agent.algo_observer
+    if args.checkpoint:
+        exact = restore_agent(agent, state, path)
+        how = "exactly where it stopped" if exact else "the env starts new episodes"
+        what = "continuing" if os.path.isdir(args.checkpoint) else "branching off"
+        log(f"{what} {shown(path)} at epoch {agent.epoch_num}, frame {agent.frame:,}; {how}")
+    elif state is not None:
+        load_weights(agent.model, state, path)
+    if average(torch.tensor(float(agent.epoch_num), device=agent.device)) != agent.epoch_num:
+        raise UserError("the processes see different checkpoints: is the folder a shared one?")
+    if RANK != 0:
+        return agent.train()
+    lock = open_run(agent, state, path)
+    observer.call("before_init", "train_ppo", agent.config, agent.config["name"])
+    observer.call("after_init", agent)
+    where = f"{WORLD_SIZE} x {agent.device}" if WORLD_SIZE > 1 else agent.device
+    what = f"{args.env_id} on {where}, {args.num_envs} envs x {args.num_steps} steps"
+    log(f"training {what}; writing to {shown(agent.config['run_dir'])}")
+    try:
+        agent.train()
+        save(agent, "last.pth")
+    finally:
+        observer.call("close")
+        with contextlib.suppress(OSError):  # what a full disk has cost of the curve
+            agent.writer.close()
+        lock.close()
 
 
 @contextlib.contextmanager
 def stop_signals(agent: PPOAgent):
-    """Let a signal end training after the epoch that is under way, and a second one at once."""
+    """Let a signal end training after the current epoch. The job and torchrun often both send it,
+    so a second one counts only after two seconds, and then interrupts at once."""
+    process, before, first_time = os.getpid(), {}, math.inf
 
     def stop(signum, _frame):
-        agent.stop_signal = signum
-        for every in before:
-            signal.signal(every, signal.SIG_DFL)
-        log(f"{signal.Signals(signum).name}: finishing this epoch, then saving last.pth")
+        nonlocal first_time
+        if os.getpid() != process:  # a forked child: as if there were no handler
+            signal.signal(signum, before[signum] or signal.SIG_DFL)
+            signal.raise_signal(signum)
+        elif not agent.stop_signal:
+            agent.stop_signal, first_time = signum, time.monotonic()
+            log(f"{signal.Signals(signum).name}: finishing this epoch, then saving last.pth")
+        elif time.monotonic() > first_time + 2.0:
+            raise KeyboardInterrupt
 
-    before = {}
     # SIGHUP: the terminal is gone. SIGUSR1: what SLURM's --signal sends before a time limit.
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         signum = getattr(signal, name, None)  # Windows lacks two of them; nohup ignores SIGHUP
@@ -1945,129 +1579,121 @@ def stop_signals(agent: PPOAgent):
         yield
     finally:
         for signum, handler in before.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, handler or signal.SIG_DFL)
 
 
-def stop_reason(agent: PPOAgent) -> str:
-    if agent.stop_signal:
-        return signal.Signals(agent.stop_signal).name
-    return "done" if agent.epoch_num >= agent.args.max_epochs else "error"
-
-
-def report(agent: PPOAgent) -> None:
-    """The end of a run on the console: results, and the commands that go on from here."""
-    args, run_dir = agent.args, agent.config["run_dir"]
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))  # processes on this machine
-    script = sys.argv[0] if sys.argv[0].endswith(".py") else __file__  # one with own observers?
-    script = shlex.quote(os.path.relpath(script))
-    nodes = f" --nnodes={WORLD_SIZE // here} ..." if WORLD_SIZE > here else ""
-    launcher = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node={here}{nodes}"
-    name = "best.pth" if os.path.exists(os.path.join(agent.nn_dir, "best.pth")) else "last.pth"
-    more = "" if agent.stop_signal else f" --max-epochs {2 * args.max_epochs}"
-    env = f" --env-id {args.env_id}" if ":" in args.env_id else ""
-    folder = shlex.quote(run_dir)
+def report(agent: PPOAgent) -> Dict[str, Any]:
+    """Print the end of a run, and the commands that go on from here. Returns run_dir, epoch,
+    mean_reward, best_score, best_epoch and stop_signal (0: it ran to its end)."""
+    args, run_dir = agent.args, shown(agent.config.get("run_dir", ""))
+    signum = int(agent.stop_signal) if agent.epoch_num < args.max_epochs else 0
+    why = signal.Signals(signum).name if signum else "done"
+    best = f", best {agent.best_score:.2f} in epoch {agent.best_epoch}" if agent.best_epoch else ""
     reward = f"mean reward {agent.mean_rewards:.2f}" if agent.episodes.count else "no episode ended"
-    if math.isfinite(agent.last_mean_rewards):
-        best = f"best {args.best_metric}" if args.best_metric else "best"
-        reward += f", {best} {agent.last_mean_rewards:.2f} in epoch {agent.best_epoch}"
-    log(f"\nstopped after epoch {agent.epoch_num} ({stop_reason(agent)}), {reward}")
+    env = f" --env-id {args.env_id}" if ":" in args.env_id else ""
+    more = "" if signum else f" --max-epochs {2 * args.max_epochs}"
+    launcher = "python" if WORLD_SIZE == 1 else "torchrun ..."
+    script = os.path.abspath(sys.argv[0] if sys.argv[0].endswith(".py") else __file__)
+    tool = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "evaluate.py")
+    log(f"\nstopped after epoch {agent.epoch_num} ({why}), {reward}{best}")
     log(f"files     {run_dir}")
-    log(f"play      python {script} --play --checkpoint {folder}/nn/{name}{env}")
-    log(f"continue  {launcher} {script} --checkpoint {folder}{more}{env}")
-    log(f"curves    tensorboard --logdir {folder}/summaries")
+    if os.path.exists(tool):  # not if train_ppo.py was copied alone
+        log(f"evaluate  python {shown(tool)} {run_dir}{env}")
+    log(f"continue  {launcher} {shown(script)} --checkpoint {run_dir}{more}{env}")
+    log(f"curves    tensorboard --logdir {run_dir}/summaries")
+    result = dict(run_dir=agent.config.get("run_dir", ""), epoch=agent.epoch_num)
+    result.update(mean_reward=agent.mean_rewards, stop_signal=signum)
+    return dict(result, best_score=agent.best_score, best_epoch=agent.best_epoch)
 
 
-# Arguments that a checkpoint does not pass on: they say what this start of the program is for.
-OWN_ARGS = "checkpoint init_from resume play json device experiment train_dir torch_threads".split()
-NETWORK_ARGS = "units critic_units activation separate normalize_input normalize_value".split()
+def passed_on(first: str) -> List[str]:
+    """The names of the arguments from `first` on, as the comments in Args divide them."""
+    names = [field.name for field in fields(Args)]
+    return names[names.index(first) :]
 
 
-def parse_flags(argv: Optional[Sequence[str]], default: Args) -> Args:
-    """The flags over these values. tyro draws a box in --help for each nested dataclass."""
-    kinds = Args.__bases__[::-1]
-    parts = [kind(**{f.name: getattr(default, f.name) for f in fields(kind)}) for kind in kinds]
-    nested = make_dataclass("Args", [(kind.__name__, kind) for kind in kinds])
-    about = dict(default=nested(*parts), description=__doc__.splitlines()[0])
-    found = tyro.cli(tyro.conf.OmitArgPrefixes[nested], args=argv, **about)
-    return Args(**{name: x for part in vars(found).values() for name, x in vars(part).items()})
+def as_flags(settings: Dict[str, Any]) -> List[str]:
+    """Settings as the flags that set them."""
+    flags = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, (str, int, float)):
+            flags.append(f"--{name}={value}")
+        else:
+            flags += [f"--{name}", *map(str, value)]
+    return flags
 
 
-def parse_args(argv: Optional[Sequence[str]] = None):
-    """Args, path and content of the checkpoint that they name. The flags are parsed twice, first
-    to learn which checkpoint or task is meant, then over the values found there."""
-    first = parse_flags(argv, Args())
+def parse_args(argv: Sequence[str]) -> Tuple[Args, str, Any]:
+    """Args, and path and content of the checkpoint that they name. The flags are parsed twice:
+    first to learn which checkpoint or task is meant, then behind the settings found there."""
+    first = tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
+    for name in ("checkpoint", "init_from", "train_dir"):
+        if getattr(first, name):  # an env may change the working directory
+            setattr(first, name, os.path.abspath(getattr(first, name)))
     folder = os.path.join(first.train_dir, first.experiment)
     if first.resume and glob.glob(os.path.join(glob.escape(folder), "nn", "*.pth")):
-        first = replace(first, checkpoint=folder)
+        first.checkpoint, first.init_from = folder, ""
     source = first.checkpoint or first.init_from
     path, state = find_checkpoint(source) if source else ("", None)
-    found = inherited_args(first, path, state) if source else {}
-    if "env_id" not in found:
-        found = {**task_settings(first), **found}
-    args = parse_flags(argv, replace(Args(), **found))
-    return replace(args, checkpoint=first.checkpoint), path, state
-
-
-def inherited_args(first: Args, path: str, state: Dict[str, Any]) -> Dict[str, Any]:
-    """The checkpoint's arguments. It chooses no code: module:factory must come from a flag."""
-    names = vars(first).keys() - set(OWN_ARGS) if first.checkpoint else NETWORK_ARGS
-    found = checked({k: v for k, v in state["args"].items() if k in names}, path)
-    env_id = found.get("env_id", "")
-    if ":" in env_id and first.env_id == Args.env_id:
-        raise UserError(f"{path} was trained on your own env: repeat its flag, --env-id {env_id}")
-    return found
-
-
-def checked(values: Dict[str, Any], origin: str) -> Dict[str, Any]:
-    """The values with Args' types. UserError if a name or a type is not one of Args."""
-    types = {field.name: field.type for field in fields(Args)}
+    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}
     found = {}
-    for name, value in values.items():
-        if name not in types:
-            raise UserError(f"{origin} has an unknown argument: {name}")
-        kind = type(getattr(Args, name))
-        if (type(value), kind) in ((list, tuple), (int, float)):
-            value = kind(value)
-        choices = typing.get_args(types[name]) if kind is str else ()
-        good = type(value) is kind and (not choices or value in choices)
-        if not good or (kind is tuple and any(type(width) is not int for width in value)):
-            raise UserError(f"{origin} has {name} = {str(value)[:40]!r}, which cannot be")
-        found[name] = value
-    return found
-
-
-def main(argv: Optional[Sequence[str]] = None, observers: Sequence[AlgoObserver] = ()) -> None:
-    """The command. `observers` are yours, called after RLGPUAlgoObserver and before W&B's."""
-    warn.cache_clear()
-    if "--version" in (sys.argv if argv is None else argv):
-        return print(f"train_ppo.py {__version__}")
+    if source:
+        inherited = "track" if os.path.isdir(source) else "env_id"
+        names = passed_on("normalize_input" if first.init_from else inherited)
+        found = {name: value for name, value in state["args"].items() if name in names}
+    if "env_id" not in found and ":" in first.env_id:
+        found = {**getattr(import_env_module(first.env_id), "SETTINGS", {}), **found}
+    elif "env_id" not in found and uses_isaacgym(first):
+        cfg = compose_isaacgym_config(first, first.num_envs if "num_envs" in given else "")
+        found = {**settings_from_yaml(cfg.train.params, first.env_id), **found}
     try:
-        try:
-            args, path, state = parse_args(argv)
-        except BrokenPipeError:  # --help | head
-            sys.exit(1)
-        wandb = [WandbAlgoObserver()] if args.track else []  # last: it sends what the others wrote
-        observer = MultiObserver([RLGPUAlgoObserver(), *observers, *wandb], args.strict_observers)
-        result = Runner(args, observer, path, state).run()
-    except (UserError, TrainingError) as exc:
-        if RANK == 0 or isinstance(exc, TrainingError):
-            with contextlib.suppress(OSError, ValueError):
-                print(f"error: {exc}", file=sys.stderr)
-        sys.exit(2 if isinstance(exc, UserError) else 1)
-    except KeyboardInterrupt:  # before or after training, or in --play
-        sys.exit(128 + signal.SIGINT)
-    finally:
-        # At its exit Python would complain about a pipe that is gone, and change the exit code.
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            try:
-                stream.flush()
-            except (OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    code = exit_code(result.get("stop_signal", 0))
-    if WORLD_SIZE > 1 and dist.is_initialized() and dist.get_backend() == "gloo":
-        os._exit(code)  # all is written; with torch 2.4 gloo's threads may abort Python's own exit
+        args = tyro.cli(Args, args=[*as_flags(found), *argv])
+    except SystemExit as exc:  # tyro has said what is wrong with which flag
+        raise UserError(f"the flag above is a setting of {path or first.env_id}") from exc
+    paths = dict(checkpoint=first.checkpoint, init_from=first.init_from, train_dir=first.train_dir)
+    args = replace(args, **paths)
+    if ":" in args.env_id and args.env_id != first.env_id:  # a checkpoint chooses no code
+        raise UserError(f"{path} was trained on your own env: repeat --env-id {args.env_id}")
+    if args.checkpoint and "learning_rate" in given:  # else the checkpoint's rate goes on
+        state["optimizer"]["param_groups"][0]["lr"] = args.learning_rate
+    check_args(args)
+    return args, path, state
+
+
+def check_args(args: Args) -> None:
+    """UserError for values that make no sense."""
+    for field in fields(Args):
+        value, least = getattr(args, field.name), int(field.type is Count)
+        if field.type in (int, float, Count) and not value >= least:  # true for nan, too
+            raise UserError(f"--{field.name.replace('_', '-')} must be >= {least}, not {value}")
+    batch = args.num_envs * args.num_steps
+    size = min(batch, args.minibatch_size)
+    if size < 2 or batch % size:
+        raise UserError(f"--minibatch-size must be > 1 and divide num_envs x num_steps = {batch}")
+    if args.checkpoint and args.init_from:
+        raise UserError("--checkpoint continues, --init-from starts anew: give one of them")
+    if args.resume and not args.experiment:
+        raise UserError("--resume needs --experiment NAME")
+    if args.experiment and os.path.isdir(args.checkpoint) and not args.resume:
+        raise UserError("a run folder continues under its own name; give a .pth file for a new one")
+
+
+def main(argv: Optional[Sequence[str]] = None, observers: Sequence[Any] = ()) -> Dict[str, Any]:
+    """The command. `observers` are yours, called after RLGPUAlgoObserver and before W&B's. Returns
+    what `report` returns; exits with 128 + the signal's number if a signal stopped it."""
+    warn.cache_clear()
+    args, path, state = parse_args(sys.argv[1:] if argv is None else argv)
+    wandb = [WandbAlgoObserver()] if args.track else []  # last: it sends what the others wrote
+    everyone = [RLGPUAlgoObserver(), *observers, *wandb] if RANK == 0 else []
+    result = run(args, MultiObserver(everyone, args.strict_observers), path, state)
+    code = 128 + result["stop_signal"] if result["stop_signal"] else 0
+    if dist.is_initialized():  # gloo, which in torch 2.4 may hang or abort in Python's own exit
+        os._exit(code)
     if code:
         sys.exit(code)
+    return result
 
 
 if __name__ == "__main__":
