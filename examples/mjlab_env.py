@@ -52,7 +52,7 @@ class Mjlab:
     def set_train_info(self, frame: int, algo) -> None:
         """Before the first rollout, put each environment somewhere on its clock. Otherwise all
         episodes would end in the same step, and the mean reward would move once in 1000 steps.
-        --play does not call this: there the episodes are whole."""
+        tools/evaluate.py does not call this: there the episodes are whole."""
         if not self.spread:
             self.env.episode_length_buf.random_(self.max_episode_length)
             self.spread = True

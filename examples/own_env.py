@@ -32,7 +32,7 @@ class Reach:
         return 2.0 * torch.rand(self.num_envs, 2, device=self.device) - 1.0
 
     def reset(self):
-        """Called once, before training. After that `step` resets the environments that are done."""
+        """Called before training only: afterwards `step` resets the environments that are done."""
         return {"obs": torch.cat((self.position, self.goal - self.position), dim=1)}
 
     def step(self, actions: torch.Tensor):

@@ -5,7 +5,7 @@
 In simulation the exact state is known, on a robot it is not. The actor gets what the robot will
 have: here, four numbers with noise on them. The critic is needed for training alone, so it may have
 the exact ones. An environment says so with `num_states` and hands them over beside the observation;
-nothing else is to be done. The policy that is played and exported needs observations alone.
+nothing else is to be done. The policy that is evaluated and exported needs observations alone.
 """
 
 from typing import Dict

@@ -1,29 +1,30 @@
-"""Videos of training, by an observer, and of a trained policy.
+"""Train with videos.
 
-    python examples/record_video.py [any argument of train_ppo.py]    train, with videos
-    python examples/record_video.py --film runs/NAME policy.gif       film the policy of a run
+    python examples/record_video.py [any argument of train_ppo.py]
 
-Training writes runs/<name>/videos/epoch_<N>.gif in epoch 1 and then every 25 epochs, and shows
-them in TensorBoard and, with --track, in W&B.
+It writes runs/<name>/videos/epoch_<N>.gif in epoch 1 and then every 25 epochs, and shows them in
+TensorBoard and, with --track, in W&B. `tools/evaluate.py --film` films a trained policy.
 
 The built-in Cartpole is drawn here. An environment of your own needs render(mode="rgb_array"),
 which returns a picture as an array (height, width, 3). An Isaac Gym task is drawn by its viewer
 on a virtual screen, which needs `pip install pyvirtualdisplay` and, on Linux, `apt install xvfb`.
 """
 
-import argparse
-import contextlib
 import math
 import os
 import sys
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, Iterable, List, Tuple
 
 import numpy as np
-from PIL import Image, ImageDraw
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import train_ppo
+
+try:
+    from PIL import Image, ImageDraw
+except ImportError as exc:
+    raise train_ppo.UserError("videos need pillow: pip install pillow") from exc
 
 
 class RecordVideo(train_ppo.AlgoObserver):
@@ -92,7 +93,7 @@ def picture(env) -> Image.Image:
     elif isinstance(env, train_ppo.Cartpole):
         image = draw_cartpole(env)
     else:
-        raise ValueError('the env has no render(mode="rgb_array"), so there is no video')
+        raise NotImplementedError('the env has no render(mode="rgb_array")')
     return image.quantize(64, method=Image.Quantize.FASTOCTREE)  # ten times as fast as median cut
 
 
@@ -124,49 +125,29 @@ def write_gif(frames: List[Image.Image], path: str) -> None:
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=20, loop=0)
 
 
-def film(checkpoint: str, path: str, flags: Sequence[str] = (), length: int = 500) -> None:
-    """Do what `train_ppo.py --play` does, and write the first `length` steps of it to a GIF."""
-    frames: List[Image.Image] = []
-    make_env = train_ppo.make_env
-
-    def make_filmed_env(args: train_ppo.Args):
-        env = make_env(args)
-        step = env.step
-
-        def filmed_step(actions):
-            result = step(actions)
-            if len(frames) < length:
-                frames.append(picture(env))
-            return result
-
-        env.step = filmed_step
-        return env
-
-    train_ppo.make_env = make_filmed_env
+def film(steps: Iterable, env, path: str) -> None:
+    """Go through steps that an environment takes, and write what it looks like after each."""
+    if not path.endswith(".gif"):
+        raise train_ppo.UserError(f"no film: {path} must end in .gif")
     try:
-        train_ppo.main(["--play", "--checkpoint", checkpoint, "--num-envs", "4", *flags])
-    finally:
-        train_ppo.make_env = make_env
-    write_gif(frames, path)
-    train_ppo.log(f"video     {path}")
+        picture(env)
+    except NotImplementedError as exc:
+        raise train_ppo.UserError(f"no film: {exc}") from exc
+    write_gif([picture(env) for _ in steps], path)
+    train_ppo.log(f"wrote {train_ppo.shown(path)}")
 
 
 def use_a_virtual_screen() -> None:
     """Let IsaacGymEnvs draw to a virtual screen. It does so only when render() asks for it."""
-    import isaacgymenvs
-
+    try:
+        import isaacgymenvs
+    except ImportError:
+        return
     make = isaacgymenvs.make
     screen = {"headless": False, "virtual_screen_capture": True}
     isaacgymenvs.make = lambda *args, **settings: make(*args, **{**settings, **screen})
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(ImportError):
-        use_a_virtual_screen()
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--film", nargs=2, metavar=("CHECKPOINT", "GIF"))
-    options, flags = parser.parse_known_args()
-    if options.film:
-        film(*options.film, flags)
-    else:
-        train_ppo.main(flags, observers=[RecordVideo()])
+    use_a_virtual_screen()
+    train_ppo.main(observers=[RecordVideo()])
