@@ -16,8 +16,8 @@ reverse order, so that a machine that gets slower or faster favours none.
     peak memory   the largest resident set of the process
 
 All of this is measured by the same code, in a wrapper around the env, and everyone trains the same
-number of epochs. Nobody saves while the clock runs; train_ppo.py and rl_games write their curves,
-and the others are freed of theirs.
+number of epochs. Nobody saves during training (train_ppo.py alone before and after it); it and
+rl_games write their curves, and the others are freed of theirs.
 """
 
 import argparse
@@ -92,7 +92,7 @@ class Meter:
     """Wraps the env of every trainer alike. It notes when each rollout began, and the returns of
     finished episodes, looked at once a rollout."""
 
-    compilable = False
+    compilable = False  # ours_compiled compiles the env inside
 
     def __init__(self, env, num_steps, target):
         self.env = env
@@ -151,14 +151,15 @@ def mlp(size, units):
 
 
 def ours(env, args, folder):
-    train_ppo.make_env = lambda _: env
+    train_ppo.make_env = lambda *_: env
     unsaved = dict(save_frequency=0, save_best_after=args.max_epochs + 1)
     args = dataclasses.replace(args, train_dir=folder, **unsaved)
-    train_ppo.Runner(args, train_ppo.MultiObserver([train_ppo.RLGPUAlgoObserver()])).run()
+    train_ppo.run(args, train_ppo.MultiObserver([train_ppo.RLGPUAlgoObserver()]))
 
 
 def ours_compiled(env, args, folder):
-    train_ppo.compiled([], env.env, env.device)  # not the Meter around it
+    if getattr(env.env, "compilable", False):
+        env.env.step = torch.compile(env.env.step, options=dict(fallback_random=True))
     ours(env, dataclasses.replace(args, compile=True), folder)
 
 

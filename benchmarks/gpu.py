@@ -2,23 +2,26 @@
 fails.
 
     python benchmarks/gpu.py                  on a machine with CUDA; about ten minutes
-    python benchmarks/gpu.py --device cpu     a rehearsal: it tests this script rather than CUDA
+    python benchmarks/gpu.py --device cpu     a rehearsal: it tests this script rather than CUDA,
+                                              and times Cartpole alone
 
 It says what was seen, with the card's name, so that a result can be quoted:
 
     no waiting   nowhere in a rollout and an update does the CPU wait for the GPU
     continuing   4 + 4 epochs are 8, to the last bit
-    devices      a checkpoint of the GPU continues and plays on the CPU, and the other way round
+    devices      a checkpoint of the GPU continues and is evaluated on the CPU, and the other way
+                 round
     --compile    with CUDA graphs it learns what eager PyTorch learns: the largest difference
                  between the weights after 3 epochs, and the return after a whole run
-    precision    the return after a whole run with TF32, without it, and with bfloat16
+    precision    the return after a whole run with float32, with TF32, and with bfloat16
     NCCL         the collectives that several processes use
-    time         of an epoch, rollout and update, eager and compiled, in Cartpole's, Ant's and
-                 ShadowHand's sizes; the update's matrix products as a share of the rate that one
-                 large product reaches
+    time         of an epoch, rollout and update, eager, compiled, and compiled with TF32, in
+                 Cartpole's, Ant's and ShadowHand's sizes; the update's matrix products as a share
+                 of the rate that one large product reaches
 """
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -38,22 +41,15 @@ from train_ppo import Args
 
 compare.torch = torch  # it imports torch only where it trains
 
-SCRIPT = os.path.join(os.path.dirname(HERE), "train_ppo.py")
+TOP = os.path.dirname(HERE)
+SCRIPT = os.path.join(TOP, "train_ppo.py")
+EVALUATE = os.path.join(TOP, "tools", "evaluate.py")
+SHADOW_HAND = dict(num_envs=16384, num_steps=8, minibatch_size=32768, update_epochs=5)
 # Observations, actions, and what the tasks' yaml files say; the networks are theirs too.
 SIZES = {
     "Cartpole": (4, 1, {}),
     "Ant": (60, 8, compare.ANT),
-    "ShadowHand": (
-        211,
-        20,
-        dict(
-            num_envs=16384,
-            num_steps=8,
-            minibatch_size=32768,
-            update_epochs=5,
-            units=(512, 512, 256, 128),
-        ),
-    ),
+    "ShadowHand": (211, 20, dict(SHADOW_HAND, units=(512, 512, 256, 128))),
 }
 
 
@@ -65,11 +61,8 @@ def epoch(agent):
     """One epoch without figures, log and checkpoints. Returns when the device is at rest, with the
     seconds of rollout and update."""
     wait = torch.cuda.synchronize if agent.device.type == "cuda" else lambda: None
-    args, buffer = agent.args, agent.buffer
     start = time.perf_counter()
-    agent.obs, _ = train_ppo.rollout(
-        agent.act, agent.env, agent.obs, buffer, args, lambda infos, dones: None
-    )
+    rollout(agent)
     wait()
     middle = time.perf_counter()
     core(agent)
@@ -77,24 +70,29 @@ def epoch(agent):
     return middle - start, time.perf_counter() - middle
 
 
+def rollout(agent):
+    job = (agent.act, agent.env, agent.obs, agent.buffer, agent.args, lambda infos, dones: None)
+    agent.obs, _ = train_ppo.rollout(*job)
+
+
 def core(agent):
     """What PPOAgent.train does after the rollout."""
     args, buffer = agent.args, agent.buffer
-    shaped = train_ppo.shape_rewards(buffer, args)
+    rewards = train_ppo.scale_and_bootstrap(buffer, args)
     last_value = agent.model.value(agent.obs)
-    advantages = train_ppo.gae(shaped, buffer["values"], buffer["dones"], last_value, args)
+    advantages = train_ppo.gae(rewards, buffer["values"], buffer["dones"], last_value, args)
     batch = train_ppo.make_batch(buffer, advantages)
     return train_ppo.update(agent.model, agent.optimizer, agent.lr, batch, 1, args, agent.loss_fn)
 
 
-def command(folder, *flags):
-    """Run train_ppo.py; returns what it printed."""
+def command(folder, *flags, script=SCRIPT):
+    """Run train_ppo.py, or another script; returns what it printed."""
     done = subprocess.run(
-        [sys.executable, SCRIPT, *flags],
+        [sys.executable, script, *flags],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        universal_newlines=True,
+        text=True,
     )
     if done.returncode:
         raise RuntimeError(done.stdout[-2000:])
@@ -126,7 +124,7 @@ def no_waiting(device, folder):
     if torch_device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
-        train_ppo.rollout(agent.act, agent.env, agent.obs, agent.buffer, args, lambda *_: None)
+        rollout(agent)
         core(agent)
     except RuntimeError as exc:
         return False, str(exc).splitlines()[0]
@@ -150,14 +148,14 @@ def devices(device, folder):
     command(folder, "--device", device, "--experiment", "moved", "--max-epochs", "4")
     for where, epochs in (("cpu", "6"), (device, "8")):
         command(folder, "--device", where, "--checkpoint", "runs/moved", "--max-epochs", epochs)
-    play = ["--play", "--checkpoint", "runs/moved", "--device"]
-    means = [
-        float(re.findall(r"mean (\S+) std", command(folder, *play, x))[0]) for x in ("cpu", device)
-    ]
-    return (
-        True,
-        f"{device} -> cpu -> {device}; played on the CPU {means[0]:.2f}, there {means[1]:.2f}",
-    )
+    means = []
+    for where in ("cpu", device):
+        flags = ["--device", where, "--json", "evaluation.json"]
+        command(folder, "runs/moved", *flags, script=EVALUATE)
+        with open(os.path.join(folder, "evaluation.json")) as file:
+            means.append(json.load(file)["mean"])
+    seen = f"evaluated on the CPU {means[0]:.2f}, there {means[1]:.2f}"
+    return True, f"{device} -> cpu -> {device}; {seen}"
 
 
 def compile_(device, folder):
@@ -171,14 +169,12 @@ def compile_(device, folder):
 
 def precision(device, folder):
     rewards = {}
-    for name, code in (("TF32", "high"), ("float32", "highest")):
-        # The command asks for TF32; a line before it takes that back.
-        script = f"import torch, sys; s = torch.set_float32_matmul_precision; s({code!r})\n"
-        script += f"torch.set_float32_matmul_precision = lambda _: s({code!r})\n"
-        script += f"sys.path.insert(0, {os.path.dirname(SCRIPT)!r}); import train_ppo\n"
-        script += f"train_ppo.main(['--device', {device!r}])\n"
-        output = subprocess.check_output([sys.executable, "-c", script], cwd=folder, text=True)
-        rewards[name] = final_reward(output)
+    rewards["float32"] = final_reward(command(folder, "--device", device))
+    script = os.path.join(folder, "tf32.py")
+    with open(script, "w") as file:
+        file.write(f"import sys\nsys.path.insert(0, {TOP!r})\nimport torch\nimport train_ppo\n")
+        file.write("torch.set_float32_matmul_precision('high')\ntrain_ppo.main()\n")
+    rewards["TF32"] = final_reward(command(folder, "--device", device, script=script))
     rewards["bfloat16"] = final_reward(command(folder, "--device", device, "--mixed-precision"))
     seen = ", ".join(f"{name} {reward:.1f}" for name, reward in rewards.items())
     return min(rewards.values()) > 450, f"return {seen}"
@@ -190,15 +186,12 @@ def nccl(device, folder):
     dist.init_process_group(backend, init_method=store, rank=0, world_size=1)
     try:
         x = torch.arange(4.0, device=train_ppo.pick_device(device))
-        everyone, names = [None], ["runs/x"]
-        train_ppo.together(dist.all_reduce, x)
-        train_ppo.together(dist.broadcast, x, 0)
-        train_ppo.together(dist.all_gather_object, everyone, {"success": (1.0, 2)})
-        train_ppo.together(dist.broadcast_object_list, names, 0)
-        good = x.tolist() == [0.0, 1.0, 2.0, 3.0] and everyone[0] == {"success": (1.0, 2)}
+        dist.all_reduce(x)
+        dist.broadcast(x, 0)
+        good = x.tolist() == [0.0, 1.0, 2.0, 3.0]
     finally:
         dist.destroy_process_group()
-    return good, f"all_reduce, broadcast and objects by {backend}, one process"
+    return good, f"all_reduce and broadcast by {backend}, one process"
 
 
 def matrix_rate(device, size=4096):
@@ -218,12 +211,12 @@ def matrix_rate(device, size=4096):
 def times(device, epochs):
     """Prints a row for each size and mode."""
     torch_device = train_ppo.pick_device(device)
-    if torch_device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    rate = matrix_rate(torch_device)
-    for name, (num_obs, num_acts, more) in SIZES.items():
-        for mode in ("eager", "compiled"):
-            args = Args(device=device, sim="torch", compile=mode == "compiled", **more)
+    for name in SIZES if torch_device.type == "cuda" else ["Cartpole"]:
+        num_obs, num_acts, more = SIZES[name]
+        for mode in ("eager", "compiled", "compiled with TF32"):
+            torch.set_float32_matmul_precision("high" if "TF32" in mode else "highest")
+            rate = matrix_rate(torch_device)
+            args = Args(device=device, sim="torch", compile=mode != "eager", **more)
             env = compare.Synthetic(args.num_envs, num_obs, num_acts, torch_device)
             if name == "Cartpole":
                 env = train_ppo.Cartpole(args.num_envs, torch_device)
@@ -231,16 +224,16 @@ def times(device, epochs):
             for _ in range(3):
                 epoch(agent)
             rounds = sorted(epoch(agent) for _ in range(epochs))
-            rollout, update = rounds[len(rounds) // 2]
+            rollout_time, update_time = rounds[len(rounds) // 2]
             layers = [p for p in agent.model.a2c_network.parameters() if p.dim() == 2]
             # Forward once, and backward twice, of each weight for each row of each pass.
             work = 6 * sum(p.numel() for p in layers) * args.num_envs * args.num_steps
-            share = work * args.update_epochs / update / rate
+            share = work * args.update_epochs / update_time / rate
+            seen = f"rollout {1000 * rollout_time:.1f} ms, update {1000 * update_time:.1f} ms"
             print(
-                f"time       {name}, {mode}: rollout {1000 * rollout:.1f} ms, update "
-                f"{1000 * update:.1f} ms, {share:.0%} of the rate of one large product",
-                flush=True,
+                f"time       {name}, {mode}: {seen}, {share:.0%} of the rate of one large product"
             )
+            sys.stdout.flush()
 
 
 CHECKS = {
@@ -260,10 +253,7 @@ def main():
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or, to rehearse, cpu")
     parser.add_argument("--epochs", type=int, default=20, help="that are timed, for each row")
     options = parser.parse_args()
-    try:
-        device = train_ppo.pick_device(options.device)
-    except train_ppo.UserError as exc:
-        sys.exit(f"error: {exc}")
+    device = train_ppo.pick_device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, a rehearsal"
     print(f"torch {torch.__version__}, {name}")
     failed = False
@@ -271,7 +261,7 @@ def main():
         for what, check in CHECKS.items():
             try:
                 good, seen = check(options.device, folder)
-            except Exception as exc:
+            except (Exception, train_ppo.UserError) as exc:
                 lines = str(exc).strip().splitlines() or [""]
                 good, seen = False, f"{type(exc).__name__}: {lines[-1]}"
             failed |= not good

@@ -27,6 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
+from unittest import mock
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
@@ -56,17 +58,15 @@ class Stopwatch(train_ppo.AlgoObserver):
 
     def __init__(self, args, env):
         self.updates, self.rollouts, self.steps, self.ends = [], [], [], []
-        rollout, update = train_ppo.rollout, train_ppo.update
-        train_ppo.make_env = lambda _: env
-        train_ppo.rollout = self.timing(rollout, self.rollouts)
-        train_ppo.update = self.timing(update, self.updates)
-        try:
-            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-                train_ppo.Runner(
-                    train_ppo.replace(args, train_dir=folder), train_ppo.MultiObserver([self])
-                ).run()
-        finally:
-            train_ppo.rollout, train_ppo.update = rollout, update
+        timed = dict(
+            make_env=lambda *_: env,
+            rollout=self.timing(train_ppo.rollout, self.rollouts),
+            update=self.timing(train_ppo.update, self.updates),
+        )
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            with mock.patch.multiple(train_ppo, **timed):
+                args = replace(args, train_dir=folder)
+                train_ppo.run(args, train_ppo.MultiObserver([self]))
 
     @staticmethod
     def timing(function, times):
@@ -91,7 +91,7 @@ def limits(epochs):
     print(f"matmul {rate / 1e9:.0f} GFLOP/s, memory {bandwidth / 1e9:.1f} GB/s, 1 thread\n")
     titles = "matmul | memory | bare network | update, reached | rollout | of it in the env"
     print(f"| | {titles} |\n|---|---:|---:|---:|---:|---:|---:|")
-    ant = train_ppo.replace(SETTINGS, **compare.ANT)
+    ant = replace(SETTINGS, **compare.ANT)
     limits_of("Cartpole", SETTINGS, train_ppo.Cartpole(512, CPU), rate, bandwidth, epochs or 60)
     limits_of("Ant-sized", ant, compare.Synthetic(4096), rate, bandwidth, epochs or 6)
 
@@ -107,7 +107,7 @@ def limits_of(name, args, env, rate, bandwidth, epochs):
     minibatch = timed(lambda: net(x).sum().backward(), max(epochs // 2, 3))
     bare = minibatch * samples / args.minibatch_size
 
-    watch = Stopwatch(train_ppo.replace(args, max_epochs=epochs), env)
+    watch = Stopwatch(replace(args, max_epochs=epochs), env)
     reached = [statistics.median(x[1:]) for x in (watch.updates, watch.rollouts, watch.steps)]
     figures = (operations / rate, moved / bandwidth, bare, *reached)
     print(f"| {name} | " + " | ".join(f"{1000 * x:.1f} ms" for x in figures) + " |", flush=True)
@@ -117,7 +117,7 @@ def grow_one(num_envs, epochs):
     samples = 16 * num_envs
     size = min(8192, samples)
     epochs = epochs or max(4, 800_000 // samples)  # five seconds or more
-    args = train_ppo.replace(SETTINGS, num_envs=num_envs, minibatch_size=size, max_epochs=epochs)
+    args = replace(SETTINGS, num_envs=num_envs, minibatch_size=size, max_epochs=epochs)
     ends = Stopwatch(args, train_ppo.Cartpole(num_envs, CPU)).ends
     seconds = statistics.median(b - a for a, b in zip(ends, ends[1:]))
     print(json.dumps({"rate": samples / seconds, "peak": compare.peak_mb()}))

@@ -31,7 +31,7 @@ seconds = {WITH: 0.0, WITHOUT: 0.0}
 class TurnTaking(train_ppo.Cartpole):
     """Waits before every fifth epoch until the other job has had its turn."""
 
-    def __init__(self, args: train_ppo.Args):
+    def __init__(self, args: train_ppo.Args, seed: int):
         super().__init__(args.num_envs, torch.device("cpu"))
         self.job = args.experiment
         self.start = None
@@ -56,11 +56,12 @@ class TurnTaking(train_ppo.Cartpole):
 
 
 def leave_out(name: str) -> None:
-    """Let the job without do nothing where train_ppo calls this function with its agent."""
+    """Let the job without do nothing where train_ppo calls this function with its agent, but for
+    the first last.pth, which is saved before the clock starts and read again."""
     function = getattr(train_ppo, name)
 
     def called(agent, *args, **kwargs):
-        if agent.args.experiment == WITH:
+        if agent.args.experiment == WITH or agent.epoch_num == 0:
             return function(agent, *args, **kwargs)
 
     setattr(train_ppo, name, called)
@@ -69,7 +70,7 @@ def leave_out(name: str) -> None:
 def train(job: str, folder: str) -> None:
     args = train_ppo.Args(train_dir=folder, experiment=job, device="cpu", sim="torch")
     observers = [train_ppo.RLGPUAlgoObserver()] if job == WITH else []
-    train_ppo.Runner(args, train_ppo.MultiObserver(observers)).run()
+    train_ppo.run(args, train_ppo.MultiObserver(observers))
 
 
 def train_both(first: str, second: str) -> None:

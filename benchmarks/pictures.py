@@ -56,8 +56,8 @@ def before_and_after(name: str, env, titles, size, steps) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = train(folder, script, *env)
         best = os.path.join(folder, "best.gif")
-        film = ["--film", os.path.join(run_dir, "nn", "best.pth"), best, *env]
-        subprocess.run([sys.executable, os.path.join(TOP, script), *film], cwd=TOP, check=True)
+        film = [sys.executable, os.path.join(TOP, "tools", "evaluate.py"), run_dir]
+        subprocess.run([*film, "--film", best, *env], cwd=TOP, check=True)
         first = Image.open(os.path.join(run_dir, "videos", "epoch_1.gif"))
         width, height = size
         frames = []
