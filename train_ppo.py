@@ -1374,10 +1374,10 @@ def load_checkpoint(path: str) -> Dict[str, Any]:
         what = f"{type(exc).__name__}: {exc}".splitlines()[0]
         if isinstance(exc, pickle.UnpicklingError):
             what = "more than tensors, numbers and text is in it; see tools/from_rl_games.py"
-        raise UserError(f"{path} cannot be used: {what:.200}") from exc
+        raise UserError(f"{shown(path)} cannot be used: {what:.200}") from exc
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
         what = "a file of 1.0 needs train_ppo.py 1.0, one of rl_games tools/from_rl_games.py"
-        raise UserError(f"{path} is not a checkpoint of this version: {what}")
+        raise UserError(f"{shown(path)} is not a checkpoint of this version: {what}")
     return state
 
 
@@ -1386,10 +1386,10 @@ def find_checkpoint(path: str) -> Tuple[str, Dict[str, Any]]:
     if not os.path.isdir(path):
         return path, load_checkpoint(path)
     numbers = {}  # file -> N of epoch_<N>.pth, or infinity
-    for file in glob.glob(os.path.join(glob.escape(path), "nn", "*.pth")):
+    for file in sorted(glob.glob(os.path.join(glob.escape(path), "nn", "*.pth")), reverse=True):
         match = re.fullmatch(r"epoch_(\d+)\.pth", os.path.basename(file))
         numbers[file] = int(match[1]) if match else math.inf
-    newest = ("", dict(epoch=-1, env_state=None))
+    newest: Tuple[str, Dict[str, Any]] = ("", dict(epoch=-1, env_state=None))
     for file in sorted(numbers, key=numbers.get, reverse=True):
         if numbers[file] < newest[1]["epoch"]:
             break  # the others are older
@@ -1401,7 +1401,7 @@ def find_checkpoint(path: str) -> Tuple[str, Dict[str, Any]]:
         except UserError as exc:
             warn(f"skipped: {exc.code}")
     if not newest[0]:
-        raise UserError(f"{path} has no readable checkpoint in nn/")
+        raise UserError(f"{shown(path)} has no readable checkpoint in nn/")
     return newest
 
 
@@ -1459,13 +1459,19 @@ def make_run_dir(args: Args, origin: str) -> str:
 
 
 def open_run(agent: PPOAgent, state: Optional[Dict[str, Any]], origin: str):
-    """Get ready to write: run folder, config for observers, TensorBoard. Returns an open file that
-    keeps other processes out of the folder while this one lives."""
-    args, run_dir, run_id = agent.args, agent.args.checkpoint, os.urandom(4).hex()
-    if os.path.isdir(run_dir):
-        run_id = state["wandb_run_id"]
-    else:
-        run_dir = make_run_dir(args, origin)
+    """Get ready to write: run folder, config for observers, TensorBoard, last.pth. Returns an open
+    file that keeps other processes out of the folder while this one lives."""
+    args, continues = agent.args, os.path.isdir(agent.args.checkpoint)
+    run_id = state["wandb_run_id"] if continues else os.urandom(4).hex()
+    agent.config["wandb_run_id"] = os.environ.get("WANDB_RUN_ID", run_id)
+    trial = io.BytesIO()
+    torch.save(agent_state(agent), trial)
+    try:  # a state that cannot come back is better refused now than after a night
+        torch.load(io.BytesIO(trial.getvalue()), weights_only=True)
+    except pickle.UnpicklingError as exc:
+        what = "what get_env_state() and policy_metadata() return"
+        raise UserError(f"{what} must be tensors, numbers, text, lists and dicts of them") from exc
+    run_dir = args.checkpoint if continues else make_run_dir(args, origin)
     lock = open(os.path.join(run_dir, ".lock"), "a")
     try:
         import fcntl
@@ -1476,15 +1482,10 @@ def open_run(agent: PPOAgent, state: Optional[Dict[str, Any]], origin: str):
     except (ImportError, OSError):  # Windows, and network drives that have no locks
         pass
     agent.writer = Writer(run_dir, args)
-    agent.config.update(asdict(args), run_dir=run_dir, name=os.path.basename(run_dir))
-    agent.config.update({name: agent.config[ours] for name, ours in RL_GAMES_NAMES.items()})
-    agent.config["wandb_run_id"] = os.environ.get("WANDB_RUN_ID", run_id)
+    about = dict(agent.config, **asdict(args), run_dir=run_dir, name=os.path.basename(run_dir))
+    about.update({name: about[ours] for name, ours in RL_GAMES_NAMES.items()})
+    agent.config = about
     save(agent, "last.pth")
-    try:  # a state that cannot come back is better refused now than later
-        load_checkpoint(os.path.join(run_dir, "nn", "last.pth"))
-    except UserError as exc:
-        what = "what get_env_state() and policy_metadata() return"
-        raise UserError(f"{what} must be tensors, numbers, text, lists and dicts of them") from exc
     return lock
 
 
@@ -1536,7 +1537,10 @@ def train(agent: PPOAgent, state: Optional[Dict[str, Any]], path: str) -> None:
         raise UserError("the processes see different checkpoints: is the folder a shared one?")
     if RANK != 0:
         return agent.train()
-    lock = open_run(agent, state, path)
+    try:
+        lock = open_run(agent, state, path)
+    except OSError as exc:
+        raise UserError(f"the run folder cannot be written: {exc}") from exc
     observer.call("before_init", "train_ppo", agent.config, agent.config["name"])
     observer.call("after_init", agent)
     where = f"{WORLD_SIZE} x {agent.device}" if WORLD_SIZE > 1 else agent.device
@@ -1593,13 +1597,13 @@ def report(agent: PPOAgent) -> Dict[str, Any]:
     env = f" --env-id {args.env_id}" if ":" in args.env_id else ""
     more = "" if signum else f" --max-epochs {2 * args.max_epochs}"
     launcher = "python" if WORLD_SIZE == 1 else "torchrun ..."
-    script = os.path.abspath(sys.argv[0] if sys.argv[0].endswith(".py") else __file__)
+    script = getattr(sys.modules["__main__"], "__file__", None) or __file__  # a notebook has none
     tool = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "evaluate.py")
     log(f"\nstopped after epoch {agent.epoch_num} ({why}), {reward}{best}")
     log(f"files     {run_dir}")
     if os.path.exists(tool):  # not if train_ppo.py was copied alone
         log(f"evaluate  python {shown(tool)} {run_dir}{env}")
-    log(f"continue  {launcher} {shown(script)} --checkpoint {run_dir}{more}{env}")
+    log(f"continue  {launcher} {shown(os.path.abspath(script))} --checkpoint {run_dir}{more}{env}")
     log(f"curves    tensorboard --logdir {run_dir}/summaries")
     result = dict(run_dir=agent.config.get("run_dir", ""), epoch=agent.epoch_num)
     result.update(mean_reward=agent.mean_rewards, stop_signal=signum)
@@ -1676,6 +1680,8 @@ def check_args(args: Args) -> None:
         raise UserError("--checkpoint continues, --init-from starts anew: give one of them")
     if args.resume and not args.experiment:
         raise UserError("--resume needs --experiment NAME")
+    if args.experiment in (".", ".."):
+        raise UserError("--experiment is a folder of its own in --train-dir")
     if args.experiment and os.path.isdir(args.checkpoint) and not args.resume:
         raise UserError("a run folder continues under its own name; give a .pth file for a new one")
 

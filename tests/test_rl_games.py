@@ -265,7 +265,7 @@ REFUSALS = {  # what is changed in the file's content, or by a function on disk:
     "no frame": (lambda s: s.pop("frame"), "not a checkpoint of rl_games' PPO: it lacks frame"),
     "model a list": (lambda s: s.update(model=[1]), "cannot be converted: AttributeError"),
     "epoch a list": (lambda s: s.update(epoch=[1]), "cannot be converted: TypeError"),
-    "code": (lambda s: s.update(env_state=RunsCode()), "cannot be used: UnpicklingError"),
+    "code": (lambda s: s.update(env_state=RunsCode()), "more than tensors, numbers and text"),
     "ours": (lambda s: s.update(format_version=3), "checkpoint of train_ppo.py: .*--checkpoint"),
     "truncated": (truncate, "cannot be (converted|used): BadZipFile"),
     "flipped": (flip_a_bit, "checksum"),

@@ -144,7 +144,7 @@ def test_actions_are_the_mean_ones_or_sampled(here):
         del ACTIONS[:]
         results.append(evaluated("noisy.pth", "--num-envs=8", env, *flags)["mean"])
         errors = [(by_hand(state, obs) - actions).abs().max() for obs, actions in ACTIONS[1:]]
-        assert len(errors) > 20 and (max(errors) < 1e-5) == (not flags)
+        assert len(errors) > 20 and (max(errors) < 1e-3) == (not flags)
     assert results[0] == results[1] != results[2]
 
 
@@ -221,7 +221,7 @@ def test_exported_policy_acts_as_the_checkpoint(flags, env, here):
     for n in (1, 7, 513):
         obs = torch.randn(n, size) * 10.0 ** torch.randint(-3, 3, (n, 1))
         for act in exported("out/policy").values():
-            torch.testing.assert_close(act(obs), by_hand(state, obs), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(act(obs), by_hand(state, obs), atol=1e-4, rtol=1e-5)
     about = json.loads(Path("out/policy/policy.json").read_text(), parse_constant=pytest.fail)
     assert sorted(about["largest_difference"]) == ["policy.onnx", "policy.pt"]
     assert about["env_id"] == state["args"]["env_id"] and about["epoch"] == 1

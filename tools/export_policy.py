@@ -207,8 +207,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     policy = load_policy(path, state, told)
     obs = example_observations(state["num_obs"], told["normalize_input"])
 
+    expected = policy(obs)  # before `export`, which might change the module
     files = export(policy, obs, state["policy_metadata"])
-    expected, differences = policy(obs), {}
+    differences = {}
     for name, content in files.items():
         batch = (act(name, content, obs) - expected).abs() / expected.abs().clamp(min=1.0)
         single = act(name, content, obs[:1]) - expected[:1]
