@@ -897,7 +897,7 @@ def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
         requirement = ".".join(words[-2:])
         if value is None:
             continue
-        if path in PLACES or (section == "config" and name in passed_on("env_id")):
+        if path in PLACES or (path == f"config.{key}" and name in passed_on("env_id")):
             settings[name] = value
         elif requirement in REQUIRED:
             if value != REQUIRED[requirement]:

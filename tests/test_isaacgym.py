@@ -73,7 +73,7 @@ def test_official_settings_become_these_arguments_or_are_refused(name, parse):
     found, printed = parse(facts(name))
     row = FACTS["files"][name]
     if "refused" in row:
-        assert found.startswith("error: --env-id Task cannot be trained here: "), found
+        assert found.startswith("error: Task cannot be trained: "), found
         assert "\n" not in found and printed == ""
         assert [reason for reason in row["refused"] if reason not in found] == []
         return
@@ -126,7 +126,7 @@ CHANGES = [
     ({"config.learning_rate": "5e-4"}, {"learning_rate": 5e-4}),
     ({"config.max_epochs": "1e5"}, "Error parsing --max-epochs: invalid literal for int()"),
     ({"config.gamma": -1}, "--gamma must be >= 0, not -1.0"),
-    ({"config.minibatch_size": 1000}, "--minibatch-size that divides"),
+    ({"config.minibatch_size": 1000}, "--minibatch-size must be > 1 and divide"),
     (SEEING, {"critic_units": [48]}),
     ({**SEEING, f"{CENTRAL}.network.mlp.activation": "relu"}, "two activations"),
     ({**SEEING, f"{CENTRAL}.network.rnn.name": "lstm"}, "central.network.rnn.name = lstm"),

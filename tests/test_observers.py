@@ -275,7 +275,7 @@ def test_a_script_with_an_observer_is_the_command(script, capsys):
 def test_printed_commands_name_a_file_that_can_be_started(here, monkeypatch, capsys):
     """In a notebook sys.argv names the kernel's launcher."""
     monkeypatch.setattr(sys, "argv", ["/lib/ipykernel_launcher.py", "-f", "kernel.json"])
-    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
     train_ppo.main([*SMALL, "--experiment=r"])
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("continue")]
     assert "train_ppo.py --checkpoint runs/r" in line and "ipykernel" not in line

@@ -258,7 +258,7 @@ def test_only_rank_0_imports_wandb(here):
         Path(rank).mkdir()
     Path("1/wandb.py").write_text("open('imported', 'w')")  # what the second process would import
     flags = (*SMALL, "--device=cpu", "--max-epochs=1", "--track", "--experiment=r")
-    processes(2, *flags, codes=(0, 0), folders="01", env_id="Cartpole")
+    processes(2, *flags, "--env-id=Cartpole", codes=(0, 0), folders="01")
     assert len(wandb_runs(Run("", "", 0, Path("0/runs/r")))) == 1
     assert os.listdir("1") == ["wandb.py"]
 
