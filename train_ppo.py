@@ -819,7 +819,7 @@ def compose_isaacgym_config(args: Args, num_envs: Any):
     try:
         with hydra.initialize_config_dir(config_dir=folder, version_base=None):
             return hydra.compose("config", [*overrides.split(), *args.overrides])
-    except hydra.errors.HydraException as exc:
+    except (hydra.errors.HydraException, ValueError) as exc:
         what = " ".join((f"--env-id {args.env_id} --overrides", *args.overrides))
         files = os.listdir(os.path.join(folder, "train"))
         tasks = sorted(file[:-8] for file in files if file.endswith("PPO.yaml"))
@@ -1157,8 +1157,9 @@ class WandbAlgoObserver(AlgoObserver):
             self.run = wandb.init(**options)
         except Exception as exc:
             where = f"{config['run_dir']}/wandb/offline-run-*"
-            warn(f"W&B did not start ({exc}): recording offline, upload later: wandb sync {where}")
-            wandb.teardown()  # a failed start would spoil the next one
+            why = " ".join(str(exc).split())
+            warn(f"W&B did not start ({why}): recording offline, upload later: wandb sync {where}")
+            in_time(wandb.teardown, 2.0)  # a failed start would spoil the next one
             self.run = wandb.init(**options, mode="offline")
 
     def after_print_stats(self, frame, epoch_num, total_time) -> None:
@@ -1177,12 +1178,23 @@ class WandbAlgoObserver(AlgoObserver):
             self.after_print_stats(algo.frame, algo.epoch_num, algo.total_time)
         if algo.best_epoch:
             self.run.summary.update(dict(best_reward=algo.best_score, best_epoch=algo.best_epoch))
-        thread = threading.Thread(target=self.run.finish, daemon=True)
-        thread.start()
-        thread.join(30.0)
-        if thread.is_alive():
+        if not in_time(self.run.finish, 30.0):
             folder = os.path.dirname(self.run.dir)
             warn(f"W&B is too slow: upload the rest later by wandb sync {folder}")
+            in_time(sys.modules["wandb"].teardown, 2.0)  # its exit hook would wait without end
+
+
+def in_time(call, seconds: float) -> bool:
+    """Call in a thread that is waited for no longer than this. Whether it came to its end."""
+
+    def work():
+        with contextlib.suppress(Exception):
+            call()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 class MultiObserver:

@@ -59,8 +59,8 @@ def records(path):
 
 
 def wandb_runs(done):
-    """The W&B runs under a run folder, oldest first. Their files are complete a little after the
-    end of a run that took place in this process."""
+    """The W&B runs under a run folder, oldest first. A file may be complete a little after the end
+    of a run that took place in this process."""
     files = sorted(done.folder.glob("wandb/*run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
     wait_for(lambda: any(record.HasField("exit") for record in records(files[-1])))
     return [WandbRun(path) for path in files]
@@ -126,11 +126,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 OFFLINE = "recording offline, upload later: wandb sync "
 TROUBLES = dict(none=None, refused=OFFLINE, errors=OFFLINE, silent=OFFLINE)  # and the warning
 TROUBLES["silent later"] = "W&B is too slow: upload the rest later by wandb sync "
-# The whole program, whose exit hooks must not wait either; it waits a tenth as long for W&B.
+# The whole program, whose exit hooks must not wait either; it waits for W&B 3 seconds at most.
 IMPATIENT = """
 import threading, train_ppo
 join = threading.Thread.join
-threading.Thread.join = lambda self, timeout=None: join(self, timeout and timeout / 10)
+threading.Thread.join = lambda self, timeout=None: join(self, timeout and min(timeout, 3))
 train_ppo.main()
 """
 
@@ -171,7 +171,7 @@ def troubled(tmp_path_factory):
 class Writes(train_ppo.AlgoObserver):
     def after_print_stats(self, frame, epoch_num, total_time):
         self.writer.add_scalar("mine/time", 2.0, frame)
-        self.writer.add_scalar("mine/best*", 3.0, epoch_num)
+        self.writer.add_scalar("mine/a*b", 3.0, epoch_num)
 
     def close(self):
         self.writer.add_scalar("mine/at the end", 4.0, self.algo.frame)
@@ -180,7 +180,7 @@ class Writes(train_ppo.AlgoObserver):
 AXES = {"mine/time": "global_step", "Episode/time": "epoch", "lap/time": "time"}
 AXES.update({"lap/frame": "global_step", "lap/iter": "epoch", "rewards/step": "global_step"})
 AXES.update({"rewards/iter": "epoch", "rewards/time": "time", "info/kl": "global_step"})
-AXES.update({"performance/step_time": "global_step", "mine/best*": None})
+AXES.update({"performance/step_time": "global_step", "mine/a*b": None})
 
 
 def test_every_scalar_is_there_over_its_x_axis_in_one_run(here):
@@ -204,7 +204,7 @@ def test_every_scalar_is_there_over_its_x_axis_in_one_run(here):
     assert {tag for tag in sent if not tag.startswith("_")} == set(curves)
     for part in runs:
         assert {tag: part.axes.get(tag) for tag in AXES} == AXES
-        assert set(curves) - set(part.axes) == {"mine/best*"}
+        assert set(curves) - set(part.axes) == {"mine/a*b"}
     for tag, points in curves.items():
         found = [row for row in rows if tag in row]
         assert [np.float32(row[tag]) for row in found] == [np.float32(v) for _, v in points], tag
@@ -264,16 +264,15 @@ def test_only_rank_0_imports_wandb(here):
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)
-def test_a_servers_trouble_costs_no_data_and_is_named(trouble, troubled):
+def test_a_servers_trouble_ends_no_training_and_is_named(trouble, troubled):
     server, wait = troubled[trouble]
     done = wait()
     assert done.state()["epoch"] == 4
-    runs = wandb_runs(done)
-    assert [row["epoch"] for row in runs[-1].rows] == [1, 2, 3, 4], "all of it is on disk"
+    assert done.err.count("warning: ") == (trouble != "none"), done.err
+    assert (TROUBLES[trouble] or "") in done.err
+    if TROUBLES[trouble] == OFFLINE:
+        run = wandb_runs(done)[-1]
+        assert [row["epoch"] for row in run.rows] == [1, 2, 3, 4]
+        assert list(done.folder.glob("wandb/offline-run-*")) != []
     if trouble == "none":
-        assert "warning: " not in done.err
         assert [row["global_step"] for row in server.rows] == [256, 512, 768, 1024]
-        return
-    assert done.err.count("warning: ") == 1 and TROUBLES[trouble] in done.err, done.err
-    if trouble != "silent later":
-        assert list(done.folder.glob("wandb/offline-run-*/*.wandb")) != []
