@@ -1310,7 +1310,7 @@ def restore_agent(agent: PPOAgent, state: Dict[str, Any], path: str) -> bool:
     one_process = WORLD_SIZE == 1 and state["processes"] == 1
     same_sizes = state["device"] == agent.device.type and state["obs"].shape == agent.obs.shape
     exact = exact_state and saved and one_process and same_sizes
-    if saved and exact == exact_state:
+    if saved and (exact or not exact_state):
         env.set_env_state(state["env_state"])
     if exact:
         agent.first_epoch = state["first_epoch"]
@@ -1653,7 +1653,7 @@ def parse_args(argv: Sequence[str]) -> Tuple[Args, str, Any]:
         first.checkpoint, first.init_from = folder, ""
     source = first.checkpoint or first.init_from
     path, state = find_checkpoint(source) if source else ("", None)
-    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv}
+    given = {word.partition("=")[0].replace("-", "_") for word in argv}
     found = {}
     if source:
         inherited = "track" if os.path.isdir(source) else "env_id"
@@ -1662,7 +1662,7 @@ def parse_args(argv: Sequence[str]) -> Tuple[Args, str, Any]:
     if "env_id" not in found and ":" in first.env_id:
         found = {**getattr(import_env_module(first.env_id), "SETTINGS", {}), **found}
     elif "env_id" not in found and uses_isaacgym(first):
-        cfg = compose_isaacgym_config(first, first.num_envs if "num_envs" in given else "")
+        cfg = compose_isaacgym_config(first, first.num_envs if "__num_envs" in given else "")
         found = {**settings_from_yaml(cfg.train.params, first.env_id), **found}
     try:
         args = tyro.cli(Args, args=[*as_flags(found), *argv])
@@ -1672,7 +1672,7 @@ def parse_args(argv: Sequence[str]) -> Tuple[Args, str, Any]:
     args = replace(args, **paths)
     if ":" in args.env_id and args.env_id != first.env_id:  # a checkpoint chooses no code
         raise UserError(f"{path} was trained on your own env: repeat --env-id {args.env_id}")
-    if args.checkpoint and "learning_rate" in given:  # else the checkpoint's rate goes on
+    if args.checkpoint and "__learning_rate" in given:  # else the checkpoint's rate goes on
         state["optimizer"]["param_groups"][0]["lr"] = args.learning_rate
     check_args(args)
     return args, path, state
