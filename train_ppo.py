@@ -68,6 +68,7 @@ except Exception as exc:  # most often: it is not installed
 import torch
 import torch.distributed as dist
 import tyro
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -522,7 +523,6 @@ class PPOAgent:
         self.num_agents = 1
         self.num_states = int(getattr(env, "num_states", None) or 0)
         self.max_episode_length = int(getattr(env, "max_episode_length", None) or 0)  # 0: unknown
-
         self.config: Dict[str, Any] = {}  # arguments and run folder for observers, see open_run
         self.writer: Optional[Writer] = None  # of rank 0
         self.epoch_num = 0  # of the current epoch; between two epochs, of the last one
@@ -1031,7 +1031,7 @@ def log_epoch(agent: PPOAgent, metrics, step_time: float, play_time: float, epoc
     score = writer.scalars.get(args.best_metric or "rewards/step", math.nan)
     if metrics["finished"] and math.isnan(score):
         warn(f"--best-metric {args.best_metric} is not logged: TensorBoard shows the tags that are")
-    writer.scalars.clear()
+    writer.end_epoch()
     left = timedelta(seconds=int(epoch_time * (args.max_epochs - epoch)))
     rates = f"lr {metrics['info/last_lr']:.1e} fps {agent.frames_per_epoch / epoch_time:,.0f}"
     log(f"epoch {epoch}/{args.max_epochs} {reward} left {left} {rates}")
@@ -1048,12 +1048,21 @@ class Writer(SummaryWriter):
         self.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *rows]))
         self.scalars: Dict[str, float] = {}  # tag -> value
         self.steps: Dict[str, Any] = {}  # tag -> global_step
+        self.events = defaultdict(list)  # step -> what TensorBoard gets for it
 
     def add_scalar(self, tag, scalar_value, global_step=None, *args, **kwargs) -> None:
         self.scalars[tag] = torch.as_tensor(scalar_value, dtype=torch.float64).item()
         self.steps[tag] = global_step
+        value = Summary.Value(tag=tag, simple_value=self.scalars[tag])
+        self.events[int(global_step or 0)].append(value)
+
+    def end_epoch(self) -> None:
+        """Write the scalars. One event for all of a step is ten times cheaper than one for each."""
         with contextlib.suppress(OSError):
-            super().add_scalar(tag, self.scalars[tag], global_step, *args, **kwargs)
+            for step, values in self.events.items():
+                self.file_writer.add_summary(Summary(value=values), step)
+        self.events.clear()
+        self.scalars.clear()
 
     def add_on_axes(self, name: str, value: float, **steps: float) -> None:
         """A scalar over several x-axes: one tag for each."""
@@ -1563,6 +1572,7 @@ def train(agent: PPOAgent, state: Optional[Dict[str, Any]], path: str) -> None:
         save(agent, "last.pth")
     finally:
         observer.call("close")
+        agent.writer.end_epoch()  # what observers wrote when they closed
         with contextlib.suppress(OSError):  # what a full disk has cost of the curve
             agent.writer.close()
         lock.close()
