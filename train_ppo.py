@@ -79,9 +79,7 @@ class UserError(SystemExit):
     """A mistake that the user can mend: one line on stderr and exit code 1, without a traceback."""
 
     def __init__(self, message: str):
-        # Before the processes have joined, all fail alike, and rank 0's line is enough.
-        silent = RANK > 0 and not dist.is_initialized()
-        super().__init__(1 if silent else f"error: {message}")
+        super().__init__(f"error: {message}")
 
 
 # ARGUMENTS ========================================================================================
@@ -370,9 +368,7 @@ def gae(rewards: Tensor, values: Tensor, dones: Tensor, last_value: Tensor, args
     not_done = 1.0 - dones
     decay = args.gamma * args.gae_lambda * not_done
     next_values = torch.cat((values[1:], last_value.unsqueeze(0)))
-    advantages = (
-        rewards + args.gamma * next_values * not_done - values
-    )  # delta_t; the loop makes it A_t
+    advantages = rewards + args.gamma * next_values * not_done - values  # delta_t, at first
     for t in reversed(range(len(rewards) - 1)):
         advantages[t] += decay[t] * advantages[t + 1]
     return advantages
@@ -534,7 +530,6 @@ class PPOAgent:
         self.best_score = -math.inf  # what best.pth has
         self.best_epoch = 0
         self.stop_signal = 0  # the number of the signal that asked to stop after this epoch
-        self.time_outs_seen = False  # infos had time_outs
         self.policy_metadata = getattr(env, "policy_metadata", dict)()
 
         self.model = ActorCritic(env.num_obs, env.num_acts, args, self.num_states).to(self.device)
@@ -588,8 +583,8 @@ class PPOAgent:
             optimizer, lr, epoch = self.optimizer, self.lr, self.epoch_num
             losses = update(model, optimizer, lr, batch, epoch, args, self.loss_fn)
             sums = (buffer["rewards"], rewards, torch.ones_like(rewards))
-            ended = self.episodes.add_rollout(sums, buffer["dones"])
-            metrics = collect_metrics(self, losses, batch, ended)
+            self.episodes.add_rollout(sums, buffer["dones"])
+            metrics = collect_metrics(self, losses, batch)
             stop = metrics["stop"] > 0
 
             epoch_time = time.perf_counter() - start
@@ -602,7 +597,6 @@ class PPOAgent:
     def after_step(self, infos: Dict[str, Any], dones: Tensor) -> None:
         """Hand a step of the rollout to the observers."""
         self.dones = dones
-        self.time_outs_seen |= "time_outs" in infos
         # Finding the indices makes a GPU wait, so it is done only if someone looks at them.
         indices = dones.nonzero() if self.algo_observer.needs_done_indices else None
         self.algo_observer.call("process_infos", infos, indices)
@@ -769,6 +763,8 @@ def check_env(env, args: Args, device: torch.device) -> None:
     if found != expected:
         what = "reset()'s obs, step()'s obs (both with states), reward, done and time_outs"
         raise UserError(f"the env's {what} have the shapes {found} instead of {expected}")
+    if "time_outs" not in infos and getattr(env, "max_episode_length", None):
+        warn("without infos['time_outs'], episodes cut at max_episode_length count as failed")
 
 
 def read_step(step, env, device: torch.device) -> Tuple[Any, ...]:
@@ -820,12 +816,10 @@ def compose_isaacgym_config(args: Args, num_envs: Any):
         with hydra.initialize_config_dir(config_dir=folder, version_base=None):
             return hydra.compose("config", [*overrides.split(), *args.overrides])
     except (hydra.errors.HydraException, ValueError) as exc:
-        what = " ".join((f"--env-id {args.env_id} --overrides", *args.overrides))
-        files = os.listdir(os.path.join(folder, "train"))
-        tasks = sorted(file[:-8] for file in files if file.endswith("PPO.yaml"))
-        raise UserError(
-            f"{what}: {str(exc).splitlines()[0]}; tasks are {', '.join(tasks)}"
-        ) from exc
+        files = sorted(glob.glob(os.path.join(folder, "train", "*PPO.yaml")))
+        tasks = ", ".join(os.path.basename(file)[:-8] for file in files)
+        what = f"{args.env_id} {' '.join(args.overrides)}: {str(exc).splitlines()[0]}"
+        raise UserError(f"{what}; tasks are {tasks}") from exc
 
 
 # rl_games' names of our arguments in `config` of a <Task>PPO.yaml, and the places of others.
@@ -855,12 +849,9 @@ REQUIRED = {
     "reward_shaper.shift_value": 0,
     "config.ppo": True,
     "config.bound_loss_type": "bound",
-    "config.weight_decay": 0,
-    "config.minibatch_size_per_env": 0,
-    "config.use_smooth_clamp": False,
-    "config.normalize_rms_advantage": False,
-    "config.schedule_entropy": False,
 }
+OFF = "weight_decay minibatch_size_per_env use_smooth_clamp normalize_rms_advantage".split()
+REQUIRED.update({f"config.{key}": 0 for key in (*OFF, "schedule_entropy")})  # 0 is False, too
 HARMLESS = "name full_experiment_name env_name multi_gpu print_stats player seq_len".split()
 
 
@@ -886,31 +877,29 @@ def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
         flat["config.grad_norm"] = 0.0
     if flat.get("config.lr_schedule") not in ("adaptive", "linear"):  # constant, identity ...
         flat["config.lr_schedule"] = "fixed"
-    refused, unused = [], set()
-    activation = flat.get("network.mlp.activation")
-    if flat.pop("central.network.mlp.activation", activation) != activation:
-        refused.append("two activations")
+    # The critic has the actor's activation.
+    required = {**REQUIRED, "mlp.activation": flat.get("network.mlp.activation")}
+    refused, unused = [], []
     for path, value in flat.items():
         words = path.split(".")
-        section, key = words[0], words[-1]
-        name = PLACES.get(path) or RL_GAMES_NAMES.get(key, key)
+        name = PLACES.get(path) or RL_GAMES_NAMES.get(words[-1], words[-1])
         requirement = ".".join(words[-2:])
         if value is None:
             continue
-        if path in PLACES or (path == f"config.{key}" and name in passed_on("env_id")):
+        if path in PLACES or (path == f"config.{words[-1]}" and name in passed_on("env_id")):
             settings[name] = value
-        elif requirement in REQUIRED:
-            if value != REQUIRED[requirement]:
+        elif requirement in required:
+            if value != required[requirement]:
                 refused.append(f"{path} = {value}")
         elif "network" in words or "reward_shaper" in words:
             if value is not False and value != "None":
                 refused.append(f"{path} = {value}")
-        elif section in ("config", "central") and words[1] not in HARMLESS:
-            unused.add(path.replace("config.", ""))
+        elif words[0] in ("config", "central") and words[1] not in HARMLESS:
+            unused.append(path.replace("config.", ""))
     if refused:
         raise UserError(f"{task} cannot be trained: its settings ask for {', '.join(refused)}")
     if unused:
-        log(f"settings of {task} that are not used here: {', '.join(sorted(unused))}")
+        log(f"settings of {task} that are not used here: {', '.join(unused)}")
     return settings
 
 
@@ -978,10 +967,9 @@ def check_finite(buffer: Dict[str, Tensor], obs: Tensor, epoch: int) -> None:
     raise UserError(f"NaN or Inf in another process, epoch {epoch}")
 
 
-def collect_metrics(agent: PPOAgent, losses: Dict[str, Tensor], batch: Batch, ended: Tensor):
+def collect_metrics(agent: PPOAgent, losses: Dict[str, Tensor], batch: Batch) -> Dict[str, float]:
     """The epoch's metrics by their tags, averaged over the processes, in one transfer from the
-    device. ended (n, 3): EPISODE_SUMS of the episodes that ended. UserError if the update went
-    wrong."""
+    device. UserError if the update went wrong."""
     episodes, tensor = agent.episodes, agent.lr.new_tensor
     returns, errors = batch["returns"], batch["returns"] - batch["values"]
     tensors = {f"losses/{name}": x for name, x in losses.items()}
@@ -1003,9 +991,6 @@ def collect_metrics(agent: PPOAgent, losses: Dict[str, Tensor], batch: Batch, en
         agent.mean_rewards = metrics["rewards"]
     if metrics["stop"] and not agent.stop_signal:  # another process got a signal
         agent.stop_signal = signal.SIGTERM
-    limit = agent.max_episode_length or math.inf
-    if not agent.time_outs_seen and (ended[:, 2] >= limit - 1).any():
-        warn("without infos['time_outs'], episodes cut at max_episode_length count as failed")
     return metrics
 
 
@@ -1039,8 +1024,7 @@ def log_epoch(agent: PPOAgent, metrics, step_time: float, play_time: float, epoc
 
 
 class Writer(SummaryWriter):
-    """A SummaryWriter that remembers the epoch's scalars, whoever wrote them, for other backends.
-    If the disk is full, TensorBoard loses points, but training goes on."""
+    """A SummaryWriter that remembers the scalars of an epoch, whoever wrote them."""
 
     def __init__(self, run_dir: str, args: Args):
         super().__init__(os.path.join(run_dir, "summaries"))
@@ -1058,7 +1042,7 @@ class Writer(SummaryWriter):
 
     def end_epoch(self) -> None:
         """Write the scalars. One event for all of a step is ten times cheaper than one for each."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a full disk must not end training here
             for step, values in self.events.items():
                 self.file_writer.add_summary(Summary(value=values), step)
         self.events.clear()
@@ -1110,6 +1094,7 @@ class RLGPUAlgoObserver(AlgoObserver):
     def process_infos(self, infos, done_indices) -> None:
         for tag, value in flatten(infos, "/").items():
             kind, _, key = tag.partition("/")
+            tag = f"Episode/{key}" if kind == "episode" else tag
             is_number = isinstance(value, (int, float, np.number))
             is_tensor = isinstance(value, Tensor) and (value.dim() == 0 or kind == "episode")
             if kind == "episode_cumulative":
@@ -1126,7 +1111,7 @@ class RLGPUAlgoObserver(AlgoObserver):
             numbers = torch.cat(values)
             numbers = numbers[numbers.isfinite()]  # the mean over no episodes is NaN
             if len(numbers):
-                found[re.sub("^episode/", "Episode/", tag)] = float(numbers.mean())
+                found[tag] = float(numbers.mean())
         for key, steps in self.steps.items():
             values, dones = (torch.stack(x) for x in zip(*steps))
             ended = self.meters[key].add_rollout((values,), dones)
@@ -1166,8 +1151,7 @@ class WandbAlgoObserver(AlgoObserver):
             self.run = wandb.init(**options)
         except Exception as exc:
             where = f"{config['run_dir']}/wandb/offline-run-*"
-            why = " ".join(str(exc).split())
-            warn(f"W&B did not start ({why}): recording offline, upload later: wandb sync {where}")
+            warn(f"W&B did not start: {exc}\nit records offline; upload later: wandb sync {where}")
             in_time(wandb.teardown, 2.0)  # a failed start would spoil the next one
             self.run = wandb.init(**options, mode="offline")
 
@@ -1195,12 +1179,7 @@ class WandbAlgoObserver(AlgoObserver):
 
 def in_time(call, seconds: float) -> bool:
     """Call in a thread that is waited for no longer than this. Whether it came to its end."""
-
-    def work():
-        with contextlib.suppress(Exception):
-            call()
-
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(seconds)
     return not thread.is_alive()
@@ -1249,10 +1228,8 @@ def agent_state(agent: PPOAgent, mid_rollout: bool = False) -> Dict[str, Any]:
     optimizer = agent.optimizer.state_dict()
     optimizer["param_groups"][0].update(lr=float(agent.lr), fused=None)  # as rl_games has them
     # In the middle of a rollout an exact env_state does not fit the rest, but a curriculum's does.
-    exact, env_state = getattr(env, "exact_state", False), None
-    if hasattr(env, "get_env_state") and not (mid_rollout and exact):
-        with contextlib.suppress(*([Exception] if mid_rollout else [])):  # the env may be broken
-            env_state = env.get_env_state()
+    fits = not (mid_rollout and getattr(env, "exact_state", False))
+    env_state = env.get_env_state() if fits and hasattr(env, "get_env_state") else None
     return dict(
         format_version=FORMAT_VERSION,
         version=__version__,
@@ -1338,18 +1315,12 @@ def save_checkpoints(agent: PPOAgent, score: float, finished: float) -> None:
     # The first episodes to end are the short ones, so wait for the others, and for enough of them.
     steps = (epoch - agent.first_epoch) * args.num_steps
     fair = steps >= agent.max_episode_length and finished >= args.games_to_track
-    before = (agent.best_score, agent.best_epoch)
-    try:
-        if fair and epoch >= args.save_best_after and score > agent.best_score:
-            agent.best_score, agent.best_epoch = score, epoch
-            save(agent, "best.pth")
-            before = (score, epoch)
-        if args.save_frequency and epoch % args.save_frequency == 0:
-            save(agent, f"epoch_{epoch}.pth")
-            save(agent, "last.pth")
-    except OSError as exc:  # a full disk need not end training: there is a next time
-        agent.best_score, agent.best_epoch = before
-        warn(f"no checkpoint in epoch {epoch}: {exc}; the next save will try again")
+    if fair and epoch >= args.save_best_after and score > agent.best_score:
+        agent.best_score, agent.best_epoch = score, epoch
+        save(agent, "best.pth")
+    if args.save_frequency and epoch % args.save_frequency == 0:
+        save(agent, f"epoch_{epoch}.pth")
+        save(agent, "last.pth")
 
 
 def save(agent: PPOAgent, name: str, mid_rollout: bool = False) -> None:
@@ -1394,7 +1365,8 @@ def load_checkpoint(path: str) -> Dict[str, Any]:
     except Exception as exc:
         what = f"{type(exc).__name__}: {exc}".splitlines()[0]
         if isinstance(exc, pickle.UnpicklingError):
-            what = "more than tensors, numbers and text is in it; see tools/from_rl_games.py"
+            what = "only tensors, numbers, text, lists and dicts may be in it"
+            what += "; a file of rl_games needs tools/from_rl_games.py"
         raise UserError(f"{shown(path)} cannot be used: {what:.200}") from exc
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
         what = "a file of 1.0 needs train_ppo.py 1.0, one of rl_games tools/from_rl_games.py"
@@ -1406,24 +1378,22 @@ def find_checkpoint(path: str) -> Tuple[str, Dict[str, Any]]:
     """(file, content) of a file, or of a run folder's readable file with the highest epoch."""
     if not os.path.isdir(path):
         return path, load_checkpoint(path)
-    numbers = {}  # file -> N of epoch_<N>.pth, or infinity
-    for file in sorted(glob.glob(os.path.join(glob.escape(path), "nn", "*.pth")), reverse=True):
-        match = re.fullmatch(r"epoch_(\d+)\.pth", os.path.basename(file))
-        numbers[file] = int(match[1]) if match else math.inf
-    newest: Tuple[str, Dict[str, Any]] = ("", dict(epoch=-1, env_state=None))
-    for file in sorted(numbers, key=numbers.get, reverse=True):
-        if numbers[file] < newest[1]["epoch"]:
-            break  # the others are older
-        try:  # of two files of the same epoch, one with the env's state is better
-            found = (file, load_checkpoint(file))
-            newest = max(
-                newest, found, key=lambda x: (x[1]["epoch"], x[1]["env_state"] is not None)
-            )
+    # last.pth and best.pth, then epoch_<N>.pth from the highest N down.
+    files = glob.glob(os.path.join(glob.escape(path), "nn", "*.pth"))
+    numbers = [re.sub(r"\D", "", os.path.basename(file)) for file in files]
+    ranked = sorted(zip((int(number or 10**9) for number in numbers), files), reverse=True)
+    readable = []
+    for _, file in ranked:
+        try:
+            readable.append((file, load_checkpoint(file)))
         except UserError as exc:
             warn(f"skipped: {exc.code}")
-    if not newest[0]:
+        if len(readable) == 3:
+            break  # the others are older
+    if not readable:
         raise UserError(f"{shown(path)} has no readable checkpoint in nn/")
-    return newest
+    # Of two files of the same epoch, one with the env's state is better.
+    return max(readable, key=lambda found: (found[1]["epoch"], found[1]["env_state"] is not None))
 
 
 # RUNNER ===========================================================================================
@@ -1481,17 +1451,8 @@ def make_run_dir(args: Args, origin: str) -> str:
 
 def open_run(agent: PPOAgent, state: Optional[Dict[str, Any]], origin: str):
     """Get ready to write: run folder, config for observers, TensorBoard, last.pth. Returns an open
-    file that keeps other processes out of the folder while this one lives."""
+    file that keeps other processes out of the folder until it is closed."""
     args, continues = agent.args, os.path.isdir(agent.args.checkpoint)
-    run_id = state["wandb_run_id"] if continues else os.urandom(4).hex()
-    agent.config["wandb_run_id"] = os.environ.get("WANDB_RUN_ID", run_id)
-    trial = io.BytesIO()
-    torch.save(agent_state(agent), trial)
-    try:  # a state that cannot come back is better refused now than after a night
-        torch.load(io.BytesIO(trial.getvalue()), weights_only=True)
-    except pickle.UnpicklingError as exc:
-        what = "what get_env_state() and policy_metadata() return"
-        raise UserError(f"{what} must be tensors, numbers, text, lists and dicts of them") from exc
     run_dir = args.checkpoint if continues else make_run_dir(args, origin)
     lock = open(os.path.join(run_dir, ".lock"), "a")
     try:
@@ -1502,11 +1463,14 @@ def open_run(agent: PPOAgent, state: Optional[Dict[str, Any]], origin: str):
         raise UserError(f"{run_dir} is being trained by another process: stop it first") from exc
     except (ImportError, OSError):  # Windows, and network drives that have no locks
         pass
+    run_id = state["wandb_run_id"] if continues else os.urandom(4).hex()
+    agent.config = dict(asdict(args), run_dir=run_dir, name=os.path.basename(run_dir))
+    agent.config["wandb_run_id"] = os.environ.get("WANDB_RUN_ID", run_id)
+    agent.config.update({name: agent.config[ours] for name, ours in RL_GAMES_NAMES.items()})
     agent.writer = Writer(run_dir, args)
-    about = dict(agent.config, **asdict(args), run_dir=run_dir, name=os.path.basename(run_dir))
-    about.update({name: about[ours] for name, ours in RL_GAMES_NAMES.items()})
-    agent.config = about
-    save(agent, "last.pth")
+    if not continues:  # what cannot be written or read again is found now, not after a night
+        save(agent, "last.pth")
+        load_checkpoint(os.path.join(run_dir, "nn", "last.pth"))
     return lock
 
 
@@ -1536,7 +1500,7 @@ def run(args: Args, observer: MultiObserver, path: str = "", state=None) -> Dict
         agent = PPOAgent(args, env, observer)
         with stop_signals(agent):
             train(agent, state, path)
-        return report(agent)
+            return report(agent)
     finally:
         if hasattr(env, "close"):
             env.close()
@@ -1558,10 +1522,7 @@ def train(agent: PPOAgent, state: Optional[Dict[str, Any]], path: str) -> None:
         raise UserError("the processes see different checkpoints: is the folder a shared one?")
     if RANK != 0:
         return agent.train()
-    try:
-        lock = open_run(agent, state, path)
-    except OSError as exc:
-        raise UserError(f"the run folder cannot be written: {exc}") from exc
+    lock = open_run(agent, state, path)
     observer.call("before_init", "train_ppo", agent.config, agent.config["name"])
     observer.call("after_init", agent)
     where = f"{WORLD_SIZE} x {agent.device}" if WORLD_SIZE > 1 else agent.device
@@ -1573,9 +1534,9 @@ def train(agent: PPOAgent, state: Optional[Dict[str, Any]], path: str) -> None:
     finally:
         observer.call("close")
         agent.writer.end_epoch()  # what observers wrote when they closed
-        with contextlib.suppress(OSError):  # what a full disk has cost of the curve
-            agent.writer.close()
         lock.close()
+        with contextlib.suppress(OSError):
+            agent.writer.close()
 
 
 @contextlib.contextmanager
@@ -1611,25 +1572,26 @@ def stop_signals(agent: PPOAgent):
 def report(agent: PPOAgent) -> Dict[str, Any]:
     """Print the end of a run, and the commands that go on from here. Returns run_dir, epoch,
     mean_reward, best_score, best_epoch and stop_signal (0: it ran to its end)."""
-    args, run_dir = agent.args, shown(agent.config.get("run_dir", ""))
+    args, run_dir = agent.args, agent.config.get("run_dir", "")  # rank 0 alone has one
+    folder = shown(run_dir)
     signum = int(agent.stop_signal) if agent.epoch_num < args.max_epochs else 0
     why = signal.Signals(signum).name if signum else "done"
-    best = f", best {agent.best_score:.2f} in epoch {agent.best_epoch}" if agent.best_epoch else ""
     reward = f"mean reward {agent.mean_rewards:.2f}" if agent.episodes.count else "no episode ended"
+    best = f", best {agent.best_score:.2f} in epoch {agent.best_epoch}" if agent.best_epoch else ""
     env = f" --env-id {args.env_id}" if ":" in args.env_id else ""
     more = "" if signum else f" --max-epochs {2 * args.max_epochs}"
     launcher = "python" if WORLD_SIZE == 1 else "torchrun ..."
     script = getattr(sys.modules["__main__"], "__file__", None) or __file__  # a notebook has none
     tool = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "evaluate.py")
     log(f"\nstopped after epoch {agent.epoch_num} ({why}), {reward}{best}")
-    log(f"files     {run_dir}")
+    log(f"files     {folder}")
     if os.path.exists(tool):  # not if train_ppo.py was copied alone
-        log(f"evaluate  python {shown(tool)} {run_dir}{env}")
-    log(f"continue  {launcher} {shown(os.path.abspath(script))} --checkpoint {run_dir}{more}{env}")
-    log(f"curves    tensorboard --logdir {run_dir}/summaries")
-    result = dict(run_dir=agent.config.get("run_dir", ""), epoch=agent.epoch_num)
-    result.update(mean_reward=agent.mean_rewards, stop_signal=signum)
-    return dict(result, best_score=agent.best_score, best_epoch=agent.best_epoch)
+        log(f"evaluate  python {shown(tool)} {folder}{env}")
+    log(f"continue  {launcher} {shown(os.path.abspath(script))} --checkpoint {folder}{more}{env}")
+    log(f"curves    tensorboard --logdir {folder}/summaries")
+    best = dict(best_score=agent.best_score, best_epoch=agent.best_epoch)
+    end = dict(epoch=agent.epoch_num, mean_reward=agent.mean_rewards, stop_signal=signum)
+    return dict(run_dir=run_dir, **end, **best)
 
 
 def passed_on(first: str) -> List[str]:
@@ -1674,10 +1636,7 @@ def parse_args(argv: Sequence[str]) -> Tuple[Args, str, Any]:
     elif "env_id" not in found and uses_isaacgym(first):
         cfg = compose_isaacgym_config(first, first.num_envs if "__num_envs" in given else "")
         found = {**settings_from_yaml(cfg.train.params, first.env_id), **found}
-    try:
-        args = tyro.cli(Args, args=[*as_flags(found), *argv])
-    except SystemExit as exc:  # tyro has said what is wrong with which flag
-        raise UserError(f"the flag above is a setting of {path or first.env_id}") from exc
+    args = tyro.cli(Args, args=[*as_flags(found), *argv])
     paths = dict(checkpoint=first.checkpoint, init_from=first.init_from, train_dir=first.train_dir)
     args = replace(args, **paths)
     if ":" in args.env_id and args.env_id != first.env_id:  # a checkpoint chooses no code
@@ -1702,8 +1661,6 @@ def check_args(args: Args) -> None:
         raise UserError("--checkpoint continues, --init-from starts anew: give one of them")
     if args.resume and not args.experiment:
         raise UserError("--resume needs --experiment NAME")
-    if args.experiment in (".", ".."):
-        raise UserError("--experiment is a folder of its own in --train-dir")
     if args.experiment and os.path.isdir(args.checkpoint) and not args.resume:
         raise UserError("a run folder continues under its own name; give a .pth file for a new one")
 
