@@ -5,14 +5,12 @@ import contextlib
 import dataclasses
 import io
 import json
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -84,9 +82,9 @@ class Run:
         return found
 
 
-def newest_run():
-    runs = sorted(Path("runs").glob("*"), key=lambda path: path.stat().st_mtime_ns)
-    return Path(os.path.abspath(str(runs[-1]))) if runs else Path("")
+def newest_run(folder="."):
+    runs = sorted(Path(folder, "runs").glob("*"), key=lambda path: path.stat().st_mtime_ns)
+    return runs[-1].resolve() if runs else Path("")
 
 
 def run(*flags, env=None, code=0, observers=(), script=""):
@@ -127,81 +125,35 @@ def refused(*flags, env=None, script=""):
 # PROCESSES ========================================================================================
 
 
-def forkserver():
-    """Makes real processes that have imported torch already, which takes two seconds. torch._dynamo
-    is there too, because the first optimizer imports it, which takes another second."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["harness", "torch._dynamo"])
-    with LOCK:
-        before = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = str(ROOT / "tests")  # where the server finds this module
-        multiprocessing.forkserver.ensure_running()
-        del os.environ["PYTHONPATH"]
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
-    return context
-
-
-LOCK = threading.Lock()
-
-
-def command(folder, environ, flags, prefix, script=""):
-    """Target of such a process: the command, or a script, in `folder`, with its output in
-    PREFIX.out and .err."""
-    os.chdir(folder)
-    sys.path.insert(0, folder)
-    os.environ.update(environ)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{prefix}.{name}", os.O_WRONLY | os.O_CREAT), number)
-    sys.stdout = os.fdopen(1, "w", 1)
-    sys.stderr = os.fdopen(2, "w", 1)
-    train_ppo.START_DIR = folder
-    if "RANK" in environ:  # it is read at the import
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            setattr(train_ppo, name, int(environ[name]))
-    if script:
-        sys.argv = [script, *flags]
-        runpy.run_path(script, run_name="__main__")
-    else:
-        train_ppo.main(flags)
-
-
-def start(*flags, env=None, environ=(), cwd=".", script=""):
-    """A running process with the command, or with `python SCRIPT FLAGS`; `finish` waits for it. env
-    must be JSON."""
-    prefix = os.path.join(tempfile.mkdtemp(), "std")
-    environ = {"WANDB_MODE": "offline", **dict(environ)}
+def start(*flags, env=None, environ=(), cwd=".", script=SCRIPT):
+    """A running process of `python SCRIPT FLAGS`, which `finish` waits for. env must be JSON."""
     if env is not None:
-        environ["TEST_ENV"] = json.dumps(env)
         flags = ("--env-id=harness:make_env", *flags)
-    target = (os.path.abspath(str(cwd)), environ, [str(x) for x in flags], prefix, str(script))
-    process = forkserver().Process(target=command, args=target)
-    process.start()
-    process.prefix = prefix
+    environ = {"TEST_ENV": json.dumps(env or {}), "WANDB_MODE": "offline", **dict(environ)}
+    environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    words = [sys.executable, str(script), *map(str, flags)]
+    out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(
+        words, cwd=cwd, env={**os.environ, **environ}, stdout=out, stderr=err
+    )
+    process.files = (out, err)
     return process
 
 
 def output(process):
     """[stdout, stderr] of a process so far."""
-    paths = [Path(f"{process.prefix}.{name}") for name in ("out", "err")]
-    return [path.read_text() if path.exists() else "" for path in paths]
+    return [os.pread(file.fileno(), 2**20, 0).decode() for file in process.files]
 
 
 def finish(process, code=0, timeout=120, cwd="."):
     """Wait for a process of `start`, whose exit code must be `code`; returns its Run."""
-    process.join(timeout)
-    hangs = process.is_alive()
-    process.kill()
-    process.join()
-    out, err = output(process)
-    assert not hangs, f"it does not end\n{out}\n{err}"
-    assert process.exitcode == code, f"{process.exitcode} instead of {code}\n{out}\n{err}"
-    before = os.getcwd()
-    os.chdir(str(cwd))
     try:
-        return Run(out, err, code, newest_run())
+        process.wait(timeout)
     finally:
-        os.chdir(before)
+        process.kill()
+        out, err = output(process)
+    assert process.returncode == code, f"{process.returncode} instead of {code}\n{out}\n{err}"
+    return Run(out, err, code, newest_run(cwd))
 
 
 def wait_for(condition, process=None, seconds=60):
@@ -209,7 +161,7 @@ def wait_for(condition, process=None, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it does not happen"
-        assert process is None or process.is_alive(), output(process)
+        assert process is None or process.poll() is None, output(process)
         time.sleep(0.005)
 
 
@@ -217,22 +169,18 @@ def wait_for(condition, process=None, seconds=60):
 
 
 def snapshot(folder):
-    """{relative path: content} of all files under a folder."""
-    paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in paths
-        if "__pycache__" not in str(path)
-    }
+    """{path: content} of all files under a folder."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(path): path.read_bytes() for path in paths if "__pycache__" not in str(path)}
 
 
 def differences(a, b, path=""):
     """Names of the leaves in which two checkpoints differ, to the last bit."""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
     if isinstance(a, dict) and isinstance(b, dict):
         keys = sorted(set(a) | set(b), key=str)
         return [d for k in keys for d in differences(a.get(k), b.get(k), f"{path}.{k}")]
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{path}.{i}")]
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         same = torch.equal(a, b)
     else:
@@ -257,21 +205,17 @@ def same_state(a, b):
 class Evil(torch.nn.Module):
     """A TorchScript module that writes the file "owned" when it is loaded."""
 
-    def __init__(self):
-        super().__init__()
-        self.x = torch.ones(1)
-
     @torch.jit.export
     def __getstate__(self) -> Tuple[torch.Tensor, bool]:
-        return self.x, self.training
+        return torch.ones(1), self.training
 
     @torch.jit.export
     def __setstate__(self, state: Tuple[torch.Tensor, bool]) -> None:
-        self.x, self.training = state
-        torch.save(self.x, "owned")
+        self.training = state[1]
+        torch.save(state[0], "owned")
 
-    def forward(self) -> torch.Tensor:
-        return self.x
+    def forward(self) -> int:
+        return 1
 
 
 def torchscript(path):
@@ -298,7 +242,6 @@ class Env:
     infos       what to add to infos in each step: a dict, or a function of the env
     time_outs   False: infos has none
     raise_at    the step, counted from 1, that raises `error` (a RuntimeError)
-    exit_at     the step that calls sys.exit
     kill_at     the step in which the process gets the signal `kill`
     sleep_at    the step that takes an hour
     bad_at      (step, "obs" | "reward" | "states", number of environments, value)
@@ -312,7 +255,7 @@ class Env:
     def __init__(self, num_envs, device, seed, **keywords):
         self.num_envs = num_envs
         self.lengths, self.infos, self.time_outs = 20, {}, True
-        self.raise_at = self.exit_at = self.kill_at = self.sleep_at = self.bad_at = None
+        self.raise_at = self.kill_at = self.sleep_at = self.bad_at = None
         self.error, self.kill = RuntimeError("the simulator broke"), signal.SIGKILL
         self.exact, self.level = False, None
         self.__dict__.update(keywords)
@@ -350,8 +293,6 @@ class Env:
             self.level += 1
         if self.steps == self.raise_at:
             raise self.error
-        if self.steps == self.exit_at:
-            sys.exit("the window was closed")
         if self.steps == self.kill_at:
             os.kill(os.getpid(), self.kill)
         if self.steps == self.sleep_at:

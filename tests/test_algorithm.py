@@ -1,11 +1,8 @@
-"""The algorithm, piece by piece: expectations are worked out by hand, or come from torch, numpy and
-rl_games."""
+"""The algorithm, piece by piece: expectations are worked out by hand, or come from torch and numpy.
+That the whole is rl_games', see test_rl_games.py."""
 
-import ctypes
 import itertools
 import math
-import resource
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +12,7 @@ from harness import SMALL, Env, differences, run
 import train_ppo
 from train_ppo import Args, Cartpole, EpisodeMeter, RunningMeanStd
 
-CPU, META = torch.device("cpu"), torch.device("meta")
+CPU = torch.device("cpu")
 
 
 def agent_of(**arguments):
@@ -62,22 +59,6 @@ def test_rollout_copies_what_the_env_overwrites_and_keeps_what_the_policy_return
     assert torch.equal(agent.obs, agent.env.obs)
 
 
-def test_nothing_writes_into_the_tensors_of_the_env(here, monkeypatch):
-    """They may be its own state."""
-    step, returned = Env.step, []
-
-    def watched(env, actions):
-        obs, reward, done, infos = step(env, actions)
-        parts = [obs["obs"].clone(), reward.clone(), done.bool(), infos["time_outs"].clone()]
-        returned.append((parts, [x.clone() for x in parts]))
-        return {"obs": parts[0]}, parts[1], parts[2], {"time_outs": parts[3]}
-
-    monkeypatch.setattr(Env, "step", watched)
-    run(*SMALL, env=dict(lengths=3))
-    assert len(returned) == 1 + 4 * 8
-    assert differences(*zip(*returned)) == []
-
-
 @pytest.mark.parametrize("bootstrap, second", [(True, 19.0), (False, 1.0)])
 def test_rewards_are_scaled_and_bootstrapped_at_time_limits(bootstrap, second):
     buffer = dict(rewards=[1.0, 2.0], values=[9.0, 20.0], time_outs=[0.0, 1.0])
@@ -110,41 +91,29 @@ def test_batch_has_the_steps_of_one_env_after_another():
     assert batch["returns"].tolist() == [n / 4 + n + 20 for n in order]
 
 
-def rl_games_statistics(size):
-    module = pytest.importorskip("rl_games.algos_torch.running_mean_std")
-    return module.RunningMeanStd((size,)).train()
-
-
-def test_statistics_are_those_of_rl_games_and_of_all_rows_at_once():
-    """It starts as if one row with mean 0 and variance 1 had been seen."""
-    torch.manual_seed(0)
-    ours, theirs = RunningMeanStd(3), rl_games_statistics(3)
-    data = torch.randn(1000, 3, dtype=torch.float64) * torch.tensor([0.1, 1.0, 9.0])
-    data += torch.linspace(-9, 9, 1000).unsqueeze(1)  # so that batches differ
-    for chunk in data.split(137):
-        ours.update(chunk)
-        theirs(chunk)
-    for name, value in theirs.eval().state_dict().items():
-        assert torch.allclose(ours.state_dict()[name], value, rtol=1e-12), name
-    rows = np.concatenate([np.zeros((1, 3)), data.numpy()])
-    assert ours.count == 1001
-    assert ours.running_mean.numpy() == pytest.approx(rows.mean(0), rel=1e-9)
-    assert ours.running_var.numpy() == pytest.approx(rows.var(0) + 1 / 1001, rel=0.01)
-    x = torch.tensor([[0.5, -1.0, 9.0], [1e6, 2.0, -1e6]])
-    assert torch.allclose(ours(x), theirs(x)) and ours(x).max() == 5
-    assert torch.allclose(ours.denormalize(x), theirs(x, denorm=True))
+def test_statistics_by_hand():
+    """They start as if one row with mean 0 and variance 1 had been seen."""
+    statistics = RunningMeanStd(1)
+    statistics.update(torch.tensor([[1.0], [3.0]]))  # mean 2, variance 2
+    mean, var = 4 / 3, (1 * 1 + 2 * 2 + 2**2 * 1 * 2 / 3) / 3
+    found = (statistics.running_mean, statistics.running_var, statistics.count)
+    assert [float(x) for x in found] == pytest.approx([mean, var, 3])
+    x, std = torch.tensor([[2.0], [1e6], [-1e6]]), math.sqrt(var)
+    assert statistics(x).flatten().tolist() == pytest.approx([(2 - mean) / std, 5, -5], rel=1e-4)
+    expected = [mean + 2 * std, mean + 5 * std, mean - 5 * std]
+    assert statistics.denormalize(x).flatten().tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_values_returns_and_advantages_are_normalised():
     """Values go into the statistics first, then returns; advantages are taken over all rows."""
-    agent, statistics = agent_of(), rl_games_statistics(1)
+    agent, statistics = agent_of(), RunningMeanStd(1)
     batch = batch_of(agent)
     before = {name: x.clone() for name, x in batch.items()}
     found = train_ppo.normalize_batch(agent.model, batch, agent.args)
     for name in ("values", "returns"):
-        expected = statistics(before[name].unsqueeze(1)).squeeze(1)
-        assert torch.allclose(found[name], expected, atol=1e-6), name
-    assert agent.model.value_mean_std.count == 1 + 2 * 32
+        column = before[name].unsqueeze(1)
+        statistics.update(column)
+        assert torch.equal(found[name].unsqueeze(1), statistics(column)), name
     advantages = before["advantages"].numpy()
     expected = (advantages - advantages.mean()) / advantages.std(ddof=1)
     assert found["advantages"].numpy() == pytest.approx(expected, abs=1e-5)
@@ -195,18 +164,24 @@ LOSSES = {  # of one row: keywords, value in the log, share of the loss, d loss 
 @pytest.mark.parametrize("name", LOSSES)
 def test_each_term_of_the_loss_by_hand(name):
     """The action is the mean, the standard deviation is 1, and the return is 2."""
-    row = dict(dict(mu=0.0, ratio=1.0, advantage=0.0, value=0.0, old=0.0), **LOSSES[name][0])
-    mu, logstd = torch.full((1, 1), row.pop("mu")), torch.zeros(1, 1, requires_grad=True)
-    value, logprob = torch.tensor([row.pop("value")]), 0.5 - ENTROPY - math.log(row.pop("ratio"))
+    keywords, *expected = LOSSES[name]
+    row = dict(mu=0.0, ratio=1.0, advantage=0.0, value=0.0, old=0.0)
+    settings = dict(vf_coef=0.0, ent_coef=0.0, bounds_loss_coef=0.0, clip_coef=0.2)
+    for key, value in keywords.items():
+        (row if key in row else settings)[key] = value
+    mu, logstd = torch.full((1, 1), row["mu"]), torch.zeros(1, 1, requires_grad=True)
     batch = dict(obs=mu, actions=mu, mus=mu + 0.3, sigmas=torch.ones(1, 1))
-    columns = dict(logprobs=logprob, values=row.pop("old"), returns=2.0)
-    columns["advantages"] = row.pop("advantage")
-    batch.update({key: torch.tensor([number]) for key, number in columns.items()})
-    args = Args(**dict(dict(vf_coef=0.0, ent_coef=0.0, bounds_loss_coef=0.0, clip_coef=0.2), **row))
-    loss, new_mu, sigma, losses = train_ppo.ppo_loss(lambda _: (mu, logstd, value), batch, args)
+    batch["logprobs"] = torch.tensor([0.5 - ENTROPY - math.log(row["ratio"])])
+    batch["advantages"] = torch.tensor([row["advantage"]])
+    batch["values"] = torch.tensor([row["old"]])
+    batch["returns"] = torch.tensor([2.0])
+    output = (mu, logstd, torch.tensor([row["value"]]))
+    args = Args(**settings)
+    loss, new_mu, sigma, losses = train_ppo.ppo_loss(lambda obs: output, batch, args)
     (gradient,) = torch.autograd.grad(loss, logstd)
-    found = [float(x.detach()) for x in (losses[name.split(",")[0]], loss, gradient)]
-    assert found == pytest.approx(LOSSES[name][1:], abs=1e-5)
+    term = losses[name.split(",")[0]]
+    found = [float(x.detach()) for x in (term, loss, gradient)]
+    assert found == pytest.approx(expected, abs=1e-5)
     assert (new_mu.tolist(), sigma.tolist()) == (mu.tolist(), [[1.0]])
 
 
@@ -221,7 +196,6 @@ SCHEDULES = {  # rate, KL, arguments: next rate
     "at the bottom": (1.2e-6, 1.0, {}, 1e-6),
     "at another bottom": (1.2e-5, 1.0, dict(min_lr=1e-5), 1e-5),
     "linear": (1.0, 1.0, dict(lr_schedule="linear", learning_rate=1e-3), 1e-6 + 999e-6 * 0.7),
-    "linear, longer": (1.0, 1.0, dict(lr_schedule="linear", max_epochs=20), 1e-6),
     "fixed, too much": (1e-3, 1.0, dict(lr_schedule="fixed"), 1e-3),
     "fixed, too little": (1e-3, 0.0, dict(lr_schedule="fixed"), 1e-3),
 }
@@ -231,11 +205,6 @@ SCHEDULES = {  # rate, KL, arguments: next rate
 def test_schedules(lr, kl, arguments, expected):
     found = train_ppo.next_lr(torch.tensor(lr), torch.tensor(kl), 30, Args(**arguments))
     assert found.shape == () and float(found) == pytest.approx(expected, rel=1e-6)
-
-
-def update(agent, optimizer, loss_fn):
-    parts = (agent.lr, batch_of(agent), 1, agent.args, loss_fn)
-    return train_ppo.update(agent.model, optimizer, *parts)
 
 
 UPDATES = {  # KL of six steps, two in a pass: rates of these steps and after them, in 1e-3
@@ -248,8 +217,8 @@ UPDATES = {  # KL of six steps, two in a pass: rates of these steps and after th
 def test_update_takes_each_step_with_the_rate_of_its_schedule(schedule_type, rates):
     """With a constant gradient, Adam moves a weight by the learning rate."""
     settings = dict(update_epochs=3, minibatch_size=16, learning_rate=1e-3)
-    agent = agent_of(schedule_type=schedule_type, **settings)
-    lr, weight, seen = agent.lr, agent.model.a2c_network.sigma, []
+    agent, seen = agent_of(schedule_type=schedule_type, **settings), []
+    lr, weight = agent.lr, agent.model.a2c_network.sigma
     divergences = iter([0.03, 0.0, 0.05, 0.0, 0.0, 0.006])
 
     def loss_fn(model, minibatch, args):
@@ -257,114 +226,48 @@ def test_update_takes_each_step_with_the_rate_of_its_schedule(schedule_type, rat
         losses = dict(mine=torch.tensor(len(seen) / 2), kl=torch.tensor(next(divergences)))
         return weight.sum(), minibatch["mus"], minibatch["sigmas"], losses
 
-    means = update(agent, agent.optimizer, loss_fn)
+    parts = (agent.optimizer, lr, batch_of(agent), 1, agent.args, loss_fn)
+    means = train_ppo.update(agent.model, *parts)
     moves = -np.diff([*seen, float(weight.detach()[0])])
     assert moves == pytest.approx(1e-3 * np.array(rates[:-1]), rel=1e-3)
-    assert agent.lr is lr and float(lr) == pytest.approx(1e-3 * rates[-1])
+    assert float(lr) == pytest.approx(1e-3 * rates[-1])
     assert {k: float(v) for k, v in means.items()} == pytest.approx(dict(mine=1.75, kl=0.086 / 6))
-
-
-def test_update_measures_from_pass_to_pass_and_moves_statistics_in_the_first():
-    agent, before, after, counts = agent_of(update_epochs=3), [], [], []
-
-    def loss_fn(model, minibatch, args):
-        counts.append(float(model.running_mean_std.count))
-        before.append([minibatch["mus"].clone(), minibatch["sigmas"].clone()])
-        result = train_ppo.ppo_loss(model, minibatch, args)
-        after.append(list(result[1:3]))
-        return result
-
-    update(agent, agent.optimizer, loss_fn)
-    sampled = [agent.buffer["mus"][:, i] for i in range(4)]  # a minibatch has one environment here
-    assert differences([mus for mus, _ in before[:4]], sampled) == []
-    assert differences(before[4:], after[:8]) == [] and len(after) == 12
-    assert differences(after[:4], after[4:8]) != [], "the policy moves"
-    assert counts == [9, 17, 25, 33] + [33] * 8, "each before it is used"
-
-
-@pytest.mark.parametrize("max_grad_norm, norm", [(0.0, 50.0), (1.0, 1.0), (99.0, 50.0)])
-def test_gradients_are_clipped_by_norm_unless_it_is_0(max_grad_norm, norm):
-    agent = agent_of(update_epochs=1, minibatch_size=32, max_grad_norm=max_grad_norm)
-    weight, factors = agent.model.a2c_network.sigma, torch.tensor([30.0, 40.0])
-
-    def loss_fn(model, minibatch, args):
-        return (weight * factors).sum(), minibatch["mus"], minibatch["sigmas"], dict(kl=agent.lr)
-
-    update(agent, torch.optim.SGD([weight], lr=1.0), loss_fn)
-    assert weight.tolist() == pytest.approx([-0.6 * norm, -0.8 * norm], rel=1e-4)
-
-
-def test_transposed_linear_is_that_of_torch():
-    results = []
-    for kind in (train_ppo.TransposedLinear, torch.nn.Linear):
-        torch.manual_seed(0)
-        layer, x = kind(60, 32), torch.randn(99, 60, requires_grad=True)
-        y = layer(x)
-        y.square().sum().backward()
-        results.append([y, x.grad, layer.weight.grad, layer.bias.grad])
-    for a, b in zip(*results):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4) and a.abs().max() > 0
-    assert results[0][2].is_contiguous(), "the fused optimizer needs it"
 
 
 # EPISODES =========================================================================================
 
-
-@pytest.mark.parametrize("size", [10, 100])
-def test_mean_reward_is_rl_games_average_meter(size):
-    """In steps in which no episode ends, a few, or hundreds at once."""
-    meter_class = pytest.importorskip("rl_games.algos_torch.torch_ext").AverageMeter
-    torch.manual_seed(0)
-    ours, theirs = EpisodeMeter(512, size, 2, CPU), meter_class(2, size)
-    running = torch.zeros(512, 2)
-    for share in (0.0, 0.001, 0.01, 1.0, 0.0, 0.003, 0.4, 0.005):
-        rewards = torch.randn(8, 512) + torch.arange(512) / 100
-        dones, ended = torch.rand(8, 512) < share, []
-        found = ours.add_rollout((rewards, torch.ones(8, 512)), dones.float())
-        for t in range(8):
-            running += torch.stack((rewards[t], torch.ones(512)), dim=1)
-            ended.append(running[dones[t]])
-            theirs.update(ended[-1])
-            running[dones[t]] = 0
-        assert ours.count == theirs.current_size
-        assert ours.mean.tolist() == pytest.approx(theirs.mean.tolist(), rel=1e-4)
-        assert torch.allclose(found, torch.cat(ended), atol=1e-4)
-    assert ours.count == size
+MEANS = [  # the environments that end in a step: mean of the last three episodes, their number
+    ([], 0, 0),
+    ([0], 2, 1),
+    ([0, 1, 2, 3], (1 + 6 + 9 + 12) / 4, 3),
+    ([3], (7 + 7 + 4) / 3, 3),
+]
 
 
-def test_episodes_that_end_together_count_alike(here, monkeypatch):
-    """The last 100 rows of 512 would be those of the environments with the highest numbers."""
-    step = Env.step
-
-    def numbered(env, actions):
-        obs, _, done, infos = step(env, actions)
-        return obs, torch.arange(512) * done, done, infos
-
-    monkeypatch.setattr(Env, "step", numbered)
-    done = run("--num-envs=512", "--max-epochs=1", env=dict(lengths=4))
-    assert done.curves["rewards/iter"] == [(1, 255.5)]
-    assert "epoch 1/1 reward 255.50 length " in done.out
+def test_mean_reward_by_hand():
+    """The rewards are 1, 2, 3 and 4 in each step. Episodes that end together count alike: as their
+    mean, as often as there is room."""
+    meter = EpisodeMeter(4, 3, 1, CPU)
+    for ended, mean, count in MEANS:
+        rewards, dones = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.zeros(1, 4)
+        dones[0, ended] = 1
+        meter.add_rollout([rewards], dones)
+        assert (meter.mean.tolist(), meter.count) == ([mean], count)
 
 
 ALWAYS_BETTER = itertools.count()
-BEST = {  # exact, epochs in all after continuing: first epoch of these episodes, epoch of the best
-    "new episodes, too early": (False, 6, 4, 4),
-    "new episodes, once they can have ended": (False, 7, 4, 7),
-    "exactly": (True, 5, 0, 5),
-}
 
 
-@pytest.mark.parametrize("name", BEST)
-def test_best_waits_for_whole_episodes_wherever_they_start(here, name):
-    """The first episodes to end are the short ones. Here they take 20 steps, 2.5 epochs."""
-    exact, epochs, *expected = BEST[name]
+@pytest.mark.parametrize("exact, epochs, best", [(False, 6, 4), (False, 7, 7), (True, 5, 5)])
+def test_best_waits_for_whole_episodes_wherever_they_start(here, exact, epochs, best):
+    """The first episodes to end are the short ones. Here they take 20 steps, 2.5 epochs, and start
+    anew after epoch 4 unless the environment is exact."""
     env = dict(exact=exact, max_episode_length=20)
     env["infos"] = lambda _: {"score": float(next(ALWAYS_BETTER))}
     flags = ("--best-metric=score/iter", "--save-best-after=1", "--games-to-track=9")
-    state = run(*SMALL, *flags, "--experiment=r", env=env).state()
-    assert (state["first_epoch"], state["best_epoch"]) == (0, 4)
-    state = run("--checkpoint=runs/r", f"--max-epochs={epochs}", env=env).state()
-    assert [state["first_epoch"], state["best_epoch"]] == expected
+    assert run(*SMALL, *flags, "--experiment=r", env=env).state()["best_epoch"] == 4
+    done = run("--checkpoint=runs/r", f"--max-epochs={epochs}", env=env)
+    assert done.state()["best_epoch"] == best
 
 
 # CARTPOLE =========================================================================================
@@ -424,40 +327,18 @@ def test_cartpole_keeps_isaacgymenvs_contract():
     # Env 2 ended a step earlier than the others and has begun anew.
     assert steps == 499 and infos["time_outs"].tolist() == [True, True, False]
 
-    other, results = Cartpole(3, CPU), []
-    other.set_env_state({name: value.clone() for name, value in env.get_env_state().items()})
-    for one in (env, other):
-        torch.manual_seed(1)
-        results.append([one.step(torch.rand(3, 1)) for _ in range(99)])
-    assert differences(*results) == [], "the state is complete"
-
-
-def test_nothing_waits_for_the_device_during_a_step_or_a_minibatch():
-    """Tensors on the meta device have no numbers: whoever looks at them raises."""
-    args, env, buffer = Args(minibatch_size=32, update_epochs=2), Cartpole(8, META), {}
-    model = train_ppo.ActorCritic(4, 1, args).to(META)
-    obs = env.reset()["obs"]
-    obs, _ = train_ppo.rollout(model.act, env, obs, buffer, args, lambda infos, dones: None)
-    rewards = train_ppo.scale_and_bootstrap(buffer, args)
-    parts = (rewards, buffer["values"], buffer["dones"], model.value(obs), args)
-    batch = train_ppo.make_batch(buffer, train_ppo.gae(*parts))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # the fused Adam has no meta
-    lr = torch.tensor(1.0, device=META)
-    losses = train_ppo.update(model, optimizer, lr, batch, 1, args, train_ppo.ppo_loss)
-    assert losses["kl"].is_meta
-
 
 # OPTIONS OF SPEED =================================================================================
 
 
 def test_compile_learns_the_same_and_continues_without_it(here):
-    short = ("--num-envs=32", "--num-steps=8", "--max-epochs=2", "--units=8")
+    short = ("--num-envs=32", "--num-steps=8", "--max-epochs=1", "--units=8")
     eager = run(*short, "--experiment=eager").state()["model"]
     compiled = run(*short, "--experiment=compiled", "--compile").state()["model"]
     assert list(eager) == list(compiled)
     for name, value in eager.items():
         assert torch.allclose(value, compiled[name], atol=1e-4), name
-    done = run("--checkpoint=runs/compiled", "--max-epochs=3", "--no-compile")
+    done = run("--checkpoint=runs/compiled", "--max-epochs=2", "--no-compile")
     assert "exactly where it stopped" in done.out
 
 
@@ -465,27 +346,3 @@ def test_mixed_precision_does_nothing_on_a_cpu(here):
     """IsaacGymEnvs' Ant sets it. A CPU without bfloat16 would be ten times slower with it."""
     states = [run(*SMALL, "--device=cpu", f"--{x}mixed-precision").state() for x in ("no-", "")]
     assert differences(states[0]["model"], states[1]["model"]) == []
-
-
-def test_freed_memory_is_kept(here):
-    libc, faults = ctypes.CDLL(None), []
-    if not hasattr(libc, "mallopt"):
-        pytest.skip("another C library")
-    libc.mallopt(-3, 2**17), libc.mallopt(-1, 2**17)  # as at the start of a process
-    for t in range(9):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**23)  # 32 MB
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-        if t == 3:
-            run("--num-envs=2", "--max-epochs=1")
-    assert faults[8] < faults[3] / 100, faults
-
-
-def test_a_glibc_that_refuses_the_first_setting_does_not_get_the_second(here, monkeypatch):
-    """It would make training slower. Glibc before 2.35 is not at hand: this is what it answers."""
-    for taken, settings in ((0, [-3]), (1, [-3, -1])):
-        asked = []
-        libc = SimpleNamespace(mallopt=lambda what, _: asked.append(what) or taken)  # noqa: B023
-        monkeypatch.setattr(train_ppo, "ctypes", SimpleNamespace(CDLL=lambda _: libc))  # noqa: B023
-        run("--num-envs=2", "--max-epochs=1")
-        assert asked == settings

@@ -1,6 +1,5 @@
 """tools/evaluate.py says what a policy is worth, tools/export_policy.py puts it on a robot."""
 
-import copy
 import json
 import math
 import os
@@ -11,29 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import (
-    ENV,
-    ROOT,
-    SMALL,
-    Env,
-    refused,
-    run,
-    snapshot,
-    torchscript,
-)
+from harness import ENV, ROOT, SMALL, refused, run, snapshot, torchscript
 from PIL import Image
 
 import train_ppo
 
 EVALUATE = ROOT / "tools" / "evaluate.py"
 EXPORT = ROOT / "tools" / "export_policy.py"
-CONVERT = ROOT / "tools" / "from_rl_games.py"
 
 
-def evaluated(*words):
+def evaluated(*words, env=None):
     """The JSON of an evaluation, which must be JSON: no NaN, no Infinity."""
-    run(*words, "--json=result.json", script=EVALUATE)
-    return json.loads(Path("result.json").read_text(), parse_constant=pytest.fail)
+    done = run(*words, "--json=result.json", env=env, script=EVALUATE)
+    result = json.loads(Path("result.json").read_text(), parse_constant=pytest.fail)
+    assert f"reward mean {result['mean']:.2f} std " in done.out and done.err == ""
+    return result
 
 
 def by_hand(state, obs):
@@ -54,116 +45,68 @@ def by_hand(state, obs):
 # EVALUATION =======================================================================================
 
 
-class Numbered(Env):
-    """The reward is 1 in the second episode, of which the first one is under way at reset(), and
-    101 in all others; and so is what it reports."""
-
-    def __init__(self, *args, first=0, **keywords):
-        super().__init__(*args, **keywords)
-        self.number = torch.zeros(self.num_envs)
-        self.t += torch.as_tensor(first)  # where in its first episode an environment begins
-
-    def reset(self):
-        self.number.zero_()
-        return super().reset()
-
-    def step(self, actions):
-        obs, reward, done, infos = super().step(actions)
-        reward[:] = 1.0 + 100.0 * (self.number != 1)
-        ended = reward[done.bool()]
-        if len(ended):
-            infos["episode"] = {"key": ended, "nothing": torch.full_like(ended, math.nan)}
-        infos["episode_cumulative"] = {"key": reward.clone()}
-        infos["speed"] = 2.0
-        self.number += done
-        return obs, reward, done, infos
+def numbered(env):
+    """infos of an Env, which is half-way in its first episode when its evaluation begins. Rewards
+    and metrics are 1 in the second episode and 101 in all others."""
+    if env.steps == 1:  # the check of the env
+        env.number = torch.zeros(env.num_envs)
+        env.t[:] = env.lengths // 2
+    env.reward[:] = 1.0 + 100.0 * (env.number != 1)
+    infos = {"episode_cumulative": {"key": env.reward.clone()}, "speed": 2.0}
+    ended = env.reward[env.done.bool()]
+    if len(ended):
+        infos["episode"] = {"key": ended, "nothing": torch.full_like(ended, math.nan)}
+    env.number += env.done
+    return infos
 
 
-def make_numbered(num_envs, device, seed):
-    return Numbered(num_envs, device, seed, **ENV)
-
-
-SECOND_EPISODES = {
-    "short ones do not win": (
-        dict(lengths=[1] * 5 + [9] * 5),
-        dict(mean=5, std=4, min=1, max=9, length=5, count=10),
-    ),
-    "begun at different times": (
-        dict(lengths=20, first=list(range(0, 20, 2))),
-        dict(mean=20, std=0, min=20, max=20, length=20, count=10),
-    ),
-}
-
-
-@pytest.mark.parametrize("env, expected", SECOND_EPISODES.values(), ids=SECOND_EPISODES)
-def test_exactly_the_second_episode_of_each_env_counts(env, expected, here):
-    """For the return and for the env's metrics."""
-    ENV.clear()
-    ENV.update(env)
-    flags = ["--env-id=test_tools:make_numbered", "--num-envs=10"]
-    run(*flags, "--num-steps=8", "--max-epochs=1", "--experiment=r")
-    result = evaluated("runs/r", *flags)
+def test_exactly_the_second_episode_of_each_env_counts(here):
+    """For the return and for the env's metrics. Envs with short episodes count no more."""
+    env = dict(lengths=[2] * 5 + [10] * 5, infos=numbered)
+    flags = ("--num-envs=10", "--num-steps=8", "--max-epochs=1", "--experiment=r")
+    run(*flags, env=dict(env, num_states=3))  # for the critic, which is not needed here
+    result = evaluated("runs/r", env=env)
+    expected = dict(mean=6, std=4, min=2, max=10, length=6, count=10)
     assert {name: result[name] for name in expected} == expected
-    low, high = expected["min"], expected["max"]
     assert result["metrics"] == {
         "Episode/key": 1.0,
         "Episode/nothing": None,
-        "episode_cumulative/key": expected["mean"],
-        "episode_cumulative_min/key_min": low,
-        "episode_cumulative_max/key_max": high,
+        "episode_cumulative/key": 6.0,
+        "episode_cumulative_min/key_min": 2.0,
+        "episode_cumulative_max/key_max": 10.0,
         "speed": 2.0,
     }
-    done = run("runs/r", *flags, script=EVALUATE)
-    assert f"mean {expected['mean']:.2f} " in done.out and "Episode/key 1\n" in done.out
-    assert done.err == ""
 
 
-ACTIONS = []  # (observations, actions) of each step of the environment below
-
-
-def make_recorded(num_envs, device, seed):
-    env = train_ppo.Cartpole(num_envs, device)
-    step = env.step
-
-    def recorded_step(actions):
-        ACTIONS.append((env.reset()["obs"].clone(), actions.clone()))
-        return step(actions)
-
-    env.step = recorded_step
-    return env
-
-
-def test_actions_are_the_mean_ones_or_sampled(here):
-    env = "--env-id=test_tools:make_recorded"
-    state = run(*SMALL, env).state()
+def test_actions_are_the_mean_ones_or_sampled(here, monkeypatch):
+    state = run(*SMALL).state()
     state["model"]["a2c_network.sigma"] += 1.0
     state["model"]["a2c_network.mu.weight"] *= 100.0  # so that some actions are clipped
     torch.save(state, "noisy.pth")
-    results = []
+    errors, step = [], train_ppo.Cartpole.step
+
+    def compared_step(env, actions):
+        errors.append((by_hand(state, env.reset()["obs"]) - actions).abs().max())
+        return step(env, actions)
+
+    monkeypatch.setattr(train_ppo.Cartpole, "step", compared_step)
+    means = []
     for flags in ([], [], ["--stochastic"]):
-        del ACTIONS[:]
-        results.append(evaluated("noisy.pth", "--num-envs=8", env, *flags)["mean"])
-        errors = [(by_hand(state, obs) - actions).abs().max() for obs, actions in ACTIONS[1:]]
+        del errors[:]
+        means.append(evaluated("noisy.pth", "--num-envs=8", *flags)["mean"])
         assert len(errors) > 20 and (max(errors) < 1e-3) == (not flags)
-    assert results[0] == results[1] != results[2]
-
-
-def test_critic_that_sees_more_is_not_needed(here):
-    run(*SMALL, "--experiment=r", env=dict(num_states=3))
-    outputs = [run("runs/r", env=dict(num_states=n), script=EVALUATE).out for n in (3, 0)]
-    assert outputs[0] == outputs[1] and "reward mean" in outputs[0]
+    assert means[0] == means[1] != means[2]
 
 
 def test_a_folder_means_its_best_policy_and_num_envs_its_own_or_64(here):
-    flags = ["--num-envs=100", "--num-steps=4", "--max-epochs=1", "--experiment=r"]
-    done = run(*flags)
-    assert evaluated("runs/r")["checkpoint"].endswith("runs/r/nn/last.pth")
-    state = done.state()
+    flags = ("--num-envs=100", "--num-steps=4", "--max-epochs=1", "--experiment=r")
+    state = run(*flags, env={}).state()
+    assert evaluated("runs/r", env={})["checkpoint"].endswith("runs/r/nn/last.pth")
     torch.save(dict(state, epoch=0), "runs/r/nn/best.pth")
     before = snapshot("runs")
-    result = evaluated("runs/r")
+    result = evaluated("runs/r", env={})
     assert result["checkpoint"].endswith("runs/r/nn/best.pth") and result["epoch"] == 0
-    assert (result["count"], evaluated("runs/r", "--num-envs=3")["count"]) == (64, 3)
+    assert (result["count"], evaluated("runs/r", "--num-envs=3", env={})["count"]) == (64, 3)
     assert snapshot("runs") == before, "it writes nothing there"
 
 
@@ -175,55 +118,40 @@ def test_film_is_a_gif_of_as_many_frames_as_asked_for(here):
         assert (gif.format, gif.n_frames, gif.size) == ("GIF", 12, (600, 320))
 
 
-def test_evaluation_says_at_once_what_it_does_and_then_how_far_it_is(here):
-    run(*SMALL, "--experiment=r", env={})
-    done = run("runs/r", env={"exit_at": 2}, code=1, script=EVALUATE)
-    assert re.match("evaluating a whole episode of each env: runs/r/", done.out)
-    done = run("runs/r", env={"lengths": 250}, script=EVALUATE)
-    assert re.findall(r"^step (\d+)$", done.out, re.M) == ["200", "400"]
-
-
 # EXPORT ===========================================================================================
 
 
-def exported(folder):
-    """{file: f(observations) -> actions}, as a robot would call them: without train_ppo."""
-    onnxruntime = pytest.importorskip("onnxruntime")
-    session = onnxruntime.InferenceSession(f"{folder}/policy.onnx")
-    return {
-        "policy.onnx": lambda obs: torch.from_numpy(session.run(None, {"obs": obs.numpy()})[0]),
-        "policy.pt": torch.jit.load(f"{folder}/policy.pt"),
-    }
+def exported_actions(folder, obs):
+    """Those of both files, called as on a robot: without train_ppo."""
+    session = pytest.importorskip("onnxruntime").InferenceSession(f"{folder}/policy.onnx")
+    actions = session.run(None, {"obs": obs.numpy()})[0]
+    return torch.from_numpy(actions), torch.jit.load(f"{folder}/policy.pt")(obs)
 
 
 METADATA = {"joint_names": ["hip", "knee"], "control_hz": 60.0}
 OWN_CRITIC = dict(num_states=3, policy_metadata=lambda: METADATA)
 RAW = ["--no-normalize-input", "--no-clip-actions"]
 POLICIES = {name: ([f"--activation={name}"], {}) for name in train_ppo.ActorCritic.ACTIVATIONS}
-POLICIES.update(
-    {
-        "the built-in env": ([], None),
-        "nothing is normalised or clipped": (RAW, {}),
-        "a critic that sees more": (["--critic-units", "8"], OWN_CRITIC),
-    }
-)
+POLICIES["the built-in env"] = ([], None)
+POLICIES["nothing is normalised or clipped"] = (RAW, {})
+POLICIES["a critic that sees more"] = (["--critic-units", "8"], OWN_CRITIC)
 
 
-@pytest.mark.parametrize("flags, env", POLICIES.values(), ids=POLICIES)
-def test_exported_policy_acts_as_the_checkpoint(flags, env, here):
+@pytest.mark.parametrize("name", POLICIES)
+def test_exported_policy_acts_as_the_checkpoint(name, here):
+    flags, env = POLICIES[name]
     state = run(*SMALL[:2], "--max-epochs=1", *flags, env=env).state()
     state["model"]["a2c_network.mu.bias"] += 1.0  # so that some actions are clipped
     state["model"]["a2c_network.actor_mlp.0.weight"] *= 10.0  # so that large numbers overflow
     torch.save(state, "policy.pth")
     done = run("policy.pth", "out/policy", script=EXPORT)
-    assert done.err == "" and "warn" not in done.out.lower()
+    assert done.err == "" and os.listdir("out") == ["policy"]
     size = state["num_obs"]
     for n in (1, 7, 513):
         obs = torch.randn(n, size) * 10.0 ** torch.randint(-3, 3, (n, 1))
-        for act in exported("out/policy").values():
-            torch.testing.assert_close(act(obs), by_hand(state, obs), atol=1e-4, rtol=1e-5)
+        for actions in exported_actions("out/policy", obs):
+            torch.testing.assert_close(actions, by_hand(state, obs), atol=1e-4, rtol=1e-5)
     about = json.loads(Path("out/policy/policy.json").read_text(), parse_constant=pytest.fail)
-    assert sorted(about["largest_difference"]) == ["policy.onnx", "policy.pt"]
     assert about["env_id"] == state["args"]["env_id"] and about["epoch"] == 1
     assert about["input"]["size"] == size and about["output"]["size"] == state["num_acts"]
     assert about["input"]["clip"] == (5.0 if env is None else None)
@@ -231,77 +159,62 @@ def test_exported_policy_acts_as_the_checkpoint(flags, env, here):
     metadata = METADATA if env is OWN_CRITIC else {}
     props = pytest.importorskip("onnx").load("out/policy/policy.onnx").metadata_props
     assert about["metadata"] == metadata == {x.key: json.loads(x.value) for x in props}
-    assert sorted(os.listdir("out")) == ["policy"]
 
 
-def test_lines_for_a_robot_work_as_printed_with_the_best_policy(here, capsys):
+def test_lines_for_a_robot_work_as_printed_once_onnx_is_installed(here, capsys):
+    """The best policy is exported; without onnx there is a warning and no policy.onnx."""
     pytest.importorskip("onnxruntime")
     run(*SMALL, "--experiment=r")
     os.rename("runs/r/nn/epoch_2.pth", "runs/r/nn/best.pth")
     state = train_ppo.load_checkpoint("runs/r/nn/best.pth")
-    run("runs/r", "policy", script=EXPORT)
-    lines = EXPORT.read_text().split('"""')[1].split("On the robot:")[1]
-    exec(textwrap.dedent(lines), {})
-    printed = float(capsys.readouterr().out.strip("[]\n"))
-    assert printed == pytest.approx(float(by_hand(state, torch.zeros(1, 4))), abs=1e-5)
-
-
-def test_export_without_onnx_says_what_to_install_and_then_the_same_command_adds_it(here):
-    pytest.importorskip("onnxruntime")
-    run(*SMALL, "--experiment=r")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
         done = run("runs/r", "policy", script=EXPORT)
     assert re.fullmatch("warning: policy.onnx .* pip install onnx onnxruntime.*\n", done.err)
     assert sorted(os.listdir("policy")) == ["policy.json", "policy.pt"]
     assert run("runs/r", "policy", script=EXPORT).err == ""
-    assert sorted(os.listdir("policy")) == ["policy.json", "policy.onnx", "policy.pt"]
+    lines = EXPORT.read_text().split('"""')[1].split("On the robot:")[1]
+    exec(textwrap.dedent(lines), {})
+    printed = float(capsys.readouterr().out.strip("[]\n"))
+    assert printed == pytest.approx(float(by_hand(state, torch.zeros(1, 4))), abs=1e-5)
 
 
-def test_export_that_differs_leaves_no_file(here, monkeypatch):
-    """It is compared with the checkpoint's policy, not with itself."""
+def test_export_that_differs_from_the_checkpoint_leaves_no_file(here, monkeypatch):
     run(*SMALL, "--experiment=r")
     trace = torch.jit.trace
 
-    def without_normaliser(policy, example):
-        policy = copy.deepcopy(policy)
-        policy.model.running_mean_std = torch.nn.Identity()
-        return trace(policy, example)
+    def other_trace(policy, obs):
+        return trace(torch.nn.Sequential(policy, torch.nn.Tanh()), obs)
 
-    monkeypatch.setattr(torch.jit, "trace", without_normaliser)
+    monkeypatch.setattr(torch.jit, "trace", other_trace)
     assert re.search("differs .*'policy.pt': ", refused("runs/r", "out", script=EXPORT))
 
 
 # REFUSALS =========================================================================================
 
 OWN = "--env-id=harness:make_env"
-REFUSED = {
-    "no such run": (EVALUATE, ["runs/none", OWN], "runs/none .*No such file"),
-    "module:factory missing": (EVALUATE, ["runs/r"], "repeat --env-id harness:make_env"),
-    "nowhere to write": (EVALUATE, ["runs/r", OWN, "--json=no/x"], "no/x cannot be written"),
-    "no picture": (EVALUATE, ["runs/r", OWN, "--film=x.gif"], "no render.mode=.rgb_array"),
-    "no end in sight": (EVALUATE, ["runs/r", OWN], "no env has ended"),
-    "no envs": (EVALUATE, ["runs/r", OWN, "--num-envs=-1"], "--num-envs .* at least 1"),
-    "evaluates TorchScript": (EVALUATE, ["evil.pth"], "evil.pth cannot be used"),
-    "exports TorchScript": (EXPORT, ["evil.pth", "new"], "evil.pth cannot be used"),
-    "converts TorchScript": (CONVERT, ["evil.pth", "new.pth"], "evil.pth"),
-    "folder of other things": (EXPORT, ["runs/r", "mine"], "mine exists already"),
-    "a file is there": (EXPORT, ["runs/r", "mine/file"], "mine/file exists already"),
-    "no such file": (EXPORT, ["none.pth", "new"], "none.pth cannot be used: .*No such file"),
-    "no run": (EXPORT, ["mine", "new"], "mine has no readable checkpoint"),
-    "other network": (EXPORT, ["other.pth", "new"], "other.pth does not fit .*mu.bias"),
-    "version 1": (EXPORT, ["old.pth", "new"], "old.pth is not a checkpoint of this version"),
+REFUSED = {  # command: message
+    "evaluate runs/r": "repeat --env-id harness:make_env",
+    f"evaluate runs/r {OWN} --json=no/x": "no/x cannot be written",
+    f"evaluate runs/r {OWN} --film=x.gif": "no render.mode=.rgb_array",
+    f"evaluate runs/r {OWN}": "no env has ended",
+    f"evaluate runs/r {OWN} --num-envs=-1": "--num-envs .* at least 1",
+    "evaluate evil.pth": "evil.pth cannot be used",
+    "export_policy evil.pth new": "evil.pth cannot be used",
+    "from_rl_games evil.pth new.pth": "evil.pth",
+    "export_policy runs/r mine": "mine exists already",
+    "export_policy runs/r mine/file": "mine/file exists already",
+    "export_policy mine new": "mine has no readable checkpoint",
 }
 
 
-@pytest.mark.parametrize("script, words, message", REFUSED.values(), ids=REFUSED)
-def test_tool_refuses_in_one_line_writes_nothing_and_runs_no_code(script, words, message, here):
-    state = run(*SMALL[:2], "--max-epochs=1", "--experiment=r", env={}).state()
+@pytest.mark.parametrize("command", REFUSED)
+def test_tool_refuses_in_one_line_writes_nothing_and_runs_no_code(command, here):
+    run(*SMALL[:2], "--max-epochs=1", "--experiment=r", env={})
     ENV.update(lengths=999, max_episode_length=5)
-    torch.save(dict(state, format_version=2), "old.pth")
-    del state["model"]["a2c_network.mu.bias"]
-    torch.save(state, "other.pth")
     os.mkdir("mine")
     Path("mine/file").write_text("mine")
     torchscript("evil.pth")
-    assert re.search(message, refused(*words, script=script))
+    tool, *words = command.split()
+    error = refused(*words, script=ROOT / "tools" / f"{tool}.py")
+    assert re.search(REFUSED[command], error)

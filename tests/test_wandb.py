@@ -1,21 +1,15 @@
 """Weights & Biases: real runs, read from their files, and a server's troubles."""
 
-import functools
-import http.server
 import json
-import os
-import shutil
 import struct
-import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from harness import ROOT, SMALL, Run, finish, run, start, wait_for
-from test_processes import processes
+from harness import SMALL, finish, run, start, wait_for
 
 import train_ppo
 
@@ -69,100 +63,58 @@ def wandb_runs(done):
 # A SERVER'S TROUBLES ==============================================================================
 # Their runs are started first and looked at last, because they mostly wait.
 
-
-class WandbServer(http.server.ThreadingHTTPServer):
-    """As much of a W&B server as its client needs, and what may be wrong with it."""
-
-    daemon_threads = True
-
-    def __init__(self, trouble):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.trouble = trouble
-        self.in_trouble = trouble in ("errors", "silent")
-        self.rows = []
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        if trouble == "refused":
-            self.shutdown()
-            self.server_close()
-
-    def handle_error(self, *_): ...  # clients may hang up at any time
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def answer(self):
-        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-        if self.server.in_trouble and "silent" in self.server.trouble:
-            time.sleep(600)
-        data = {}
-        if self.path == "/graphql":
-            data = self.answer_query(json.loads(body))
-        elif self.path.endswith("/file_stream"):
-            history = json.loads(body).get("files", {}).get("wandb-history.jsonl", {})
-            self.server.rows += [json.loads(row) for row in history.get("content", ())]
-        self.send_response(500 if self.server.trouble == "errors" else 200)
-        self.end_headers()
-        self.wfile.write(json.dumps(data).encode())
-
-    do_GET = do_POST = do_PUT = answer
-
-    def answer_query(self, query):
-        names = query.get("variables", {})
-        wanted = query["query"].split("(")[0].split("{")[0].split()[-1]
-        project = {"id": "p", "name": names.get("project"), "entity": {"id": "e", "name": "e"}}
-        bucket = {"id": "b", "name": names.get("name"), "displayName": "r", "project": project}
-        paths = [{"name": x, "uploadUrl": f"{self.server.url}/{x}"} for x in names.get("files", ())]
-        files = {"runID": "b", "uploadHeaders": [], "files": paths}
-        answers = {"UpsertBucket": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
-        answers.update(RunResumeStatus={"model": None}, CreateRunFiles={"createRunFiles": files})
-        answers["ServerFeaturesQuery"] = {"serverInfo": {"features": []}}
-        if wanted == "UpsertBucket" and self.server.trouble == "silent later":
-            self.server.in_trouble = True
-        return {"data": answers.get(wanted, {})}
-
-    def log_message(self, *_): ...
-
-
 OFFLINE = "recording offline, upload later: wandb sync "
-TROUBLES = dict(none=None, refused=OFFLINE, errors=OFFLINE, silent=OFFLINE)  # and the warning
-TROUBLES["silent later"] = "W&B is too slow: upload the rest later by wandb sync "
-# The whole program, whose exit hooks must not wait either; it waits for W&B 3 seconds at most.
-IMPATIENT = """
-import threading, train_ppo
+LATER = "W&B is too slow: upload the rest later by wandb sync "
+TROUBLES = {"none": "", "refused": OFFLINE, "silent": OFFLINE, "silent later": LATER}
+PROJECT = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+ANSWERS = {  # of a server, to all that W&B's client asks
+    "serverInfo": {"features": []},
+    "upsertBucket": {"bucket": {"id": "b", "name": "r", "project": PROJECT}, "inserted": True},
+    "createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []},
+}
+# With exit hooks, which must not wait either, and ten seconds of patience with W&B.
+WHOLE_PROGRAM = """
+import atexit, threading, train_ppo
 join = threading.Thread.join
-threading.Thread.join = lambda self, timeout=None: join(self, timeout and min(timeout, 3))
+threading.Thread.join = lambda self, timeout=None: join(self, timeout and min(timeout, 10))
 train_ppo.main()
+atexit._run_exitfuncs()
 """
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        server = self.server
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if server.silent:
+            time.sleep(600)
+        server.silent |= server.trouble == "silent later" and b"UpsertBucket" in body
+        if self.path.endswith("/file_stream"):
+            history = json.loads(body).get("files", {}).get("wandb-history.jsonl", {})
+            server.rows += [json.loads(row) for row in history.get("content", ())]
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"data": ANSWERS}).encode())
 
 
 @pytest.fixture(scope="module", autouse=True)
 def troubled(tmp_path_factory):
-    """trouble -> (server, function that waits for the end and returns the Run)."""
+    """{trouble: (server, process, its folder)}"""
     started = {}
-    for trouble in TROUBLES:
-        folder, server = tmp_path_factory.mktemp("wandb"), WandbServer(trouble)
-        environ = dict(HOME=str(folder), WANDB_MODE="online", WANDB_API_KEY="0" * 40)
-        environ.update(WANDB_BASE_URL=server.url, WANDB_SILENT="true")
-        environ["WANDB_INIT_TIMEOUT"] = "3" if TROUBLES[trouble] == OFFLINE else "60"
+    for trouble, warning in TROUBLES.items():
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.trouble, server.silent, server.rows = trouble, trouble == "silent", []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = 9 if trouble == "refused" else server.server_port
+        folder = tmp_path_factory.mktemp("wandb")
+        (folder / "program.py").write_text(WHOLE_PROGRAM)
+        environ = dict(WANDB_MODE="online", WANDB_API_KEY="0" * 40, WANDB_SILENT="true")
+        environ.update(WANDB_BASE_URL=f"http://127.0.0.1:{port}", HOME=str(folder))
+        environ["WANDB_INIT_TIMEOUT"] = "3" if warning == OFFLINE else "60"
         environ["WANDB_ERROR_REPORTING"] = "false"  # W&B would wait for its telemetry
-        flags = (*SMALL, "--track", "--experiment=r")
-        if trouble != "silent later":
-            process = start(*flags, environ=environ, cwd=folder)
-            started[trouble] = (server, functools.partial(finish, process, cwd=folder))
-            continue
-        environ = {**os.environ, **environ, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", IMPATIENT, *flags]
-        with open(str(folder / "err"), "w") as err:
-            process = subprocess.Popen(command, cwd=str(folder), env=environ, stderr=err)
-
-        def wait(process=process, folder=folder):
-            assert process.wait(150) == 0
-            return Run("", (folder / "err").read_text(), 0, folder / "runs" / "r")
-
-        started[trouble] = (server, wait)
-    yield started
-    for server, _ in started.values():
-        server.server_close()
+        process = start(*SMALL, "--track", environ=environ, cwd=folder, script="program.py")
+        started[trouble] = (server, process, folder)
+    return started
 
 
 # WHAT IS SENT =====================================================================================
@@ -170,17 +122,10 @@ def troubled(tmp_path_factory):
 
 class Writes(train_ppo.AlgoObserver):
     def after_print_stats(self, frame, epoch_num, total_time):
-        self.writer.add_scalar("mine/time", 2.0, frame)
         self.writer.add_scalar("mine/a*b", 3.0, epoch_num)
 
     def close(self):
         self.writer.add_scalar("mine/at the end", 4.0, self.algo.frame)
-
-
-AXES = {"mine/time": "global_step", "Episode/time": "epoch", "lap/time": "time"}
-AXES.update({"lap/frame": "global_step", "lap/iter": "epoch", "rewards/step": "global_step"})
-AXES.update({"rewards/iter": "epoch", "rewards/time": "time", "info/kl": "global_step"})
-AXES.update({"performance/step_time": "global_step", "mine/a*b": None})
 
 
 def test_every_scalar_is_there_over_its_x_axis_in_one_run(here):
@@ -188,34 +133,25 @@ def test_every_scalar_is_there_over_its_x_axis_in_one_run(here):
     flags = ("--track", "--experiment=r", "--save-best-after=2", "--games-to-track=8")
     run(*SMALL, *flags, env=env, observers=[Writes()])
     done = run("--checkpoint=runs/r", "--max-epochs=6", env=env, observers=[Writes()])
-    assert done.err == ""
-    runs = wandb_runs(done)
-    assert [part.run.run_id for part in runs] == [done.state()["wandb_run_id"]] * 2
-    rows = runs[0].rows + runs[1].rows
-    ends = [row for row in rows if "mine/at the end" in row]
-    assert [(row["epoch"], row["global_step"]) for row in ends] == [(4, 1024), (6, 1536)]
-    rows = [row for row in rows if row not in ends]
-    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert [row["global_step"] for row in rows] == [256 * i for i in range(1, 7)]
-
-    curves = done.curves
-    assert [value for _, value in curves.pop("mine/at the end")] == [4.0, 4.0]
-    sent = set().union(*rows) - {"epoch", "global_step", "time"}
-    assert {tag for tag in sent if not tag.startswith("_")} == set(curves)
-    for part in runs:
-        assert {tag: part.axes.get(tag) for tag in AXES} == AXES
-        assert set(curves) - set(part.axes) == {"mine/a*b"}
+    first, second = wandb_runs(done)
+    assert first.run.run_id == second.run.run_id == done.state()["wandb_run_id"]
+    rows, curves = first.rows + second.rows, done.curves
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 4, 5, 6, 6], "and what close() writes"
+    sent = {tag for row in rows for tag in row if not tag.startswith("_")}
+    assert sent == {*curves, "epoch", "global_step", "time"}
+    axes = first.axes
+    assert second.axes == axes and set(curves) - set(axes) == {"mine/a*b"}
     for tag, points in curves.items():
         found = [row for row in rows if tag in row]
         assert [np.float32(row[tag]) for row in found] == [np.float32(v) for _, v in points], tag
-        axis = runs[0].axes.get(tag, "epoch")
-        assert [int(row[axis]) for row in found] == [step for step, _ in points], tag
+        steps = [int(row[axes.get(tag, "epoch")]) for row in found]
+        assert steps == [step for step, _ in points], tag
 
     arguments = json.loads((done.folder / "config.json").read_text())["args"]
-    assert arguments.items() <= runs[0].config.items()
-    best = done.state("best.pth")
-    assert runs[1].summary["best_reward"] == best["last_mean_rewards"]
-    assert runs[1].summary["best_epoch"] == best["best_epoch"]
+    assert arguments.items() <= first.config.items() and "warning: " not in done.err
+    best, summary = done.state("best.pth"), second.summary
+    assert summary["best_reward"] == best["last_mean_rewards"]
+    assert summary["best_epoch"] == best["best_epoch"]
 
 
 def test_wandbs_own_variables_win(here):
@@ -229,50 +165,32 @@ def test_wandbs_own_variables_win(here):
     assert done.state()["wandb_run_id"] == "mine1234"
 
 
-def test_a_file_turns_nothing_on_and_begins_a_run_of_its_own(here):
+def test_a_file_begins_a_run_of_its_own(here):
     flags = ("--track", "--wandb-project-name=ours", "--wandb-entity=us", "--experiment=r")
-    first = run(*SMALL, *flags, "--max-epochs=1")
-    (part,) = wandb_runs(first)
-    assert (part.run.project, part.run.entity, part.run.display_name) == ("ours", "us", "r")
-    shutil.copy(str(first.folder / "nn" / "last.pth"), "strangers.pth")
-    untracked = run("--checkpoint=strangers.pth", "--max-epochs=2")
-    args = untracked.state()["args"]
-    assert (args["track"], args["wandb_project_name"]) == (False, "train_ppo")
-    assert args["wandb_entity"] == ""
-    assert not (untracked.folder / "wandb").exists()
-    (part,) = wandb_runs(run("--checkpoint=strangers.pth", "--max-epochs=2", "--track"))
-    assert part.run.run_id != first.state()["wandb_run_id"]
-    assert [row["epoch"] for row in part.rows] == [2]
+    (first,) = wandb_runs(run(*SMALL, *flags, "--max-epochs=1"))
+    assert (first.run.project, first.run.entity, first.run.display_name) == ("ours", "us", "r")
+    (second,) = wandb_runs(run("--checkpoint=runs/r/nn/last.pth", "--max-epochs=2", "--track"))
+    assert second.run.run_id != first.run.run_id and second.run.project == "train_ppo"
+    assert [row["epoch"] for row in second.rows] == [2]
 
 
 def test_a_missing_wandb_is_one_warning_with_track_and_nothing_without(here, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # which makes the import fail
     done = run(*SMALL, "--track")
     assert done.err.count("warning: ") == 1 and "without WandbAlgoObserver" in done.err
-    assert [value for _, value in done.curves["info/epochs"]] == [1, 2, 3, 4]
-    assert run(*SMALL, "--max-epochs=1").err == ""
-
-
-def test_only_rank_0_imports_wandb(here):
-    for rank in "01":
-        Path(rank).mkdir()
-    Path("1/wandb.py").write_text("open('imported', 'w')")  # what the second process would import
-    flags = (*SMALL, "--device=cpu", "--max-epochs=1", "--track", "--experiment=r")
-    processes(2, *flags, "--env-id=Cartpole", codes=(0, 0), folders="01")
-    assert len(wandb_runs(Run("", "", 0, Path("0/runs/r")))) == 1
-    assert os.listdir("1") == ["wandb.py"]
+    assert done.state()["epoch"] == 4
+    assert "warning: " not in run(*SMALL, "--max-epochs=1").err
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)
 def test_a_servers_trouble_ends_no_training_and_is_named(trouble, troubled):
-    server, wait = troubled[trouble]
-    done = wait()
+    server, process, folder = troubled[trouble]
+    done = finish(process, cwd=folder)
     assert done.state()["epoch"] == 4
     assert done.err.count("warning: ") == (trouble != "none"), done.err
-    assert (TROUBLES[trouble] or "") in done.err
+    assert TROUBLES[trouble] in done.err
     if TROUBLES[trouble] == OFFLINE:
-        run = wandb_runs(done)[-1]
-        assert [row["epoch"] for row in run.rows] == [1, 2, 3, 4]
-        assert list(done.folder.glob("wandb/offline-run-*")) != []
+        (path,) = done.folder.glob("wandb/offline-run-*/*.wandb")
+        assert [row["epoch"] for row in WandbRun(path).rows] == [1, 2, 3, 4]
     if trouble == "none":
         assert [row["global_step"] for row in server.rows] == [256, 512, 768, 1024]
