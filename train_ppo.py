@@ -60,7 +60,7 @@ import numpy as np
 # isaacgym refuses to be imported after torch, so it comes first.
 ISAACGYM_ERROR = ""
 try:
-    vars(np).setdefault("float", float)  # isaacgym.torch_utils uses it, gone since numpy 1.24
+    vars(np).setdefault("float", float)  # isaacgym uses np.float, which numpy 1.24 has removed
     import isaacgym  # noqa: F401
 except Exception as exc:  # most often: it is not installed
     ISAACGYM_ERROR = str(exc)
@@ -121,7 +121,7 @@ class Args:
     max_epochs: Count = 100  # rollouts and updates in all, earlier parts of the run included
     save_frequency: int = 25  # epochs between the periodic checkpoints; 0: none
     save_best_after: int = 50  # first epoch that may write best.pth
-    best_metric: str = ""  # the tag that best.pth goes by, as Episode/success; empty: the reward
+    best_metric: str = ""  # tag whose highest value is best.pth, as Episode/success; "": reward
     games_to_track: Count = 100  # finished episodes in the mean reward, at most
     strict_observers: bool = False  # an observer that raises ends training, for debugging it
 
@@ -197,8 +197,8 @@ class RunningMeanStd(nn.Module):
 
 
 class TransposedLinear(nn.Linear):
-    """nn.Linear that transposes a copy of its weights. Autograd then computes their gradient as
-    x^T g, which is seven times faster on a CPU than g^T x if there are few observations."""
+    """nn.Linear on a transposed copy of its weights, because on a CPU, with few inputs, autograd is
+    seven times faster at their gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
@@ -211,8 +211,8 @@ class ActorCritic(nn.Module):
     deviation is the same in every state: one learned logarithm for each action.
 
     An environment may have S = num_states numbers for the critic that the actor must do without,
-    such as friction. They follow the observation in its row, obs (n, O + S), and the critic then
-    has layers of its own and sees them alone."""
+    such as friction. They follow the observation in its row, obs (n, O + S). The critic then has
+    layers of its own, and its input is the states without the observation."""
 
     ACTIVATIONS = dict(relu=nn.ReLU, tanh=nn.Tanh, selu=nn.SELU, gelu=nn.GELU, swish=nn.SiLU)
     ACTIVATIONS["elu"] = functools.partial(nn.ELU, inplace=True)  # so its gradient needs no exp
@@ -348,9 +348,9 @@ def rollout(policy, env, obs: Tensor, buffer: Dict[str, Tensor], args: Args, aft
 
 
 def scale_and_bootstrap(buffer: Dict[str, Tensor], args: Args) -> Tensor:
-    """The rewards that PPO learns from (T, E): scaled and, at a time limit, with gamma * V(s_t) for
-    the rewards that were cut off (Pardo et al. 2018). V(s_t+1) would be exact, but some tasks
-    return the next episode's observation there, so this uses V(s_t), as rl_games does."""
+    """The rewards that PPO learns from (T, E): scaled and, at a time limit, with gamma * V(s_t) in
+    place of the future that was cut off (Pardo et al. 2018). V(s_t+1) would be right, but there
+    some tasks return the next episode's observation, so this uses V(s_t), as rl_games does."""
     rewards = args.reward_scale * buffer["rewards"]
     if args.value_bootstrap:
         rewards = rewards + args.gamma * buffer["values"] * buffer["time_outs"]
@@ -380,10 +380,12 @@ def gae(rewards: Tensor, values: Tensor, dones: Tensor, last_value: Tensor, args
 #     actions     (n, A)      as sampled, before clipping
 #     logprobs    (n,)        of the actions, when they were taken
 #     values      (n,)        as predicted in the rollout
-#     returns     (n,)        what the values should have been
+#     returns     (n,)        what the value function learns: advantages + values
 #     advantages  (n,)        how much better the action was than expected
-#     mus         (n, A)      mean actions when these rows were last trained on; first, when sampled
+#     mus         (n, A)      mean actions at the last pass over these rows; first, when sampled
 #     sigmas      (n, A)      and their standard deviations
+#
+# and the rollout's rewards, dones and time_outs (n,), which the update does not use.
 Batch = Dict[str, Tensor]
 
 
@@ -413,8 +415,8 @@ def normalize_batch(model: ActorCritic, batch: Batch, args: Args) -> Batch:
 
 def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Any, ...]:
     """The loss to minimise (), mu and sigma of the policy (n, A), and a dict of scalars for the log
-    by rl_games' names, of which "kl" is measured from the last pass over these rows. The policy is
-    improved by the clipped surrogate (Schulman et al. 2017, equation 7):
+    by rl_games' names, of which "kl" is from the policy of the previous pass to this one. The
+    policy is improved by the clipped surrogate (Schulman et al. 2017, equation 7):
 
         L_clip = mean(min(ratio * A, clip(ratio, 1 - clip_coef, 1 + clip_coef) * A))
 
@@ -431,7 +433,7 @@ def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Any, ...]:
     clipped = batch["advantages"] * clipped_ratio
     policy_loss = -torch.where(surrogate > clipped, clipped, surrogate).mean()
 
-    # A value gains nothing by moving further than clip_coef, in normalised units, from the old one.
+    # Moving a value more than clip_coef, in normalised units, from the old one lowers no loss.
     # rl_games and the original code do it; Andrychowicz et al. 2020 found that it does not help.
     value_loss = (value - batch["returns"]).square()
     if args.clip_vloss:
@@ -441,8 +443,8 @@ def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Any, ...]:
     value_loss = value_loss.mean()
 
     entropy = mean_entropy(logstd)
-    # Actions are clipped to [-1, 1] on their way to the environment. A mean far outside changes
-    # nothing any more, so nothing else would bring it back.
+    # Beyond [-1, 1] actions are clipped on their way to the environment, so the reward cannot bring
+    # a mean back. This loss does.
     bounds_loss = nn.functional.softshrink(mu, 1.1).square().sum(-1).mean()
 
     loss = policy_loss + 0.5 * args.vf_coef * value_loss
@@ -488,8 +490,8 @@ def update(model, optimizer, lr: Tensor, batch: Batch, epoch: int, args: Args, l
             optimizer.zero_grad()
             loss.backward()
 
-            # A minibatch is a view of the batch, so that the next pass over these rows measures the
-            # KL divergence from the policy of this pass.
+            # This writes into the batch, of which a minibatch is a view: the next pass over these
+            # rows measures the KL divergence from here.
             minibatch["mus"].copy_(mu)
             minibatch["sigmas"].copy_(sigma)
             kl = average_gradients(parameters, losses["kl"])
@@ -521,7 +523,7 @@ class PPOAgent:
         self.max_episode_length = int(getattr(env, "max_episode_length", None) or 0)  # 0: unknown
         self.config: Dict[str, Any] = {}  # arguments and run folder for observers, see open_run
         self.writer: Optional[Writer] = None  # of rank 0
-        self.epoch_num = 0  # of the current epoch; between two epochs, of the last one
+        self.epoch_num = 0  # the epoch that is running, or else the last one
         self.first_epoch = 0  # epoch_num when the environments last started afresh
         self.frame = 0  # steps of single environments so far, over all processes
         self.frames_per_epoch = args.num_steps * env.num_envs * WORLD_SIZE
@@ -533,9 +535,6 @@ class PPOAgent:
         self.policy_metadata = getattr(env, "policy_metadata", dict)()
 
         self.model = ActorCritic(env.num_obs, env.num_acts, args, self.num_states).to(self.device)
-        if WORLD_SIZE > 1:
-            for tensor in self.model.state_dict().values():
-                dist.broadcast(tensor, 0)
         # The learning rate is a tensor, which the fused optimizer reads without waiting for a GPU.
         self.lr = torch.tensor(args.learning_rate, device=self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr, eps=1e-8, fused=True)
@@ -835,8 +834,8 @@ PLACES = {
     "network.space.continuous.sigma_init.val": "sigma_init",
     "central.network.mlp.units": "critic_units",  # central: config.central_value_config
 }
-# If one of these is in the yaml, it must have this value. A key is the last two words of its place.
-# Nothing else is allowed in a network or a reward_shaper.
+# What is supported with this value alone; a key is the last two words of its place. Any other key
+# in a network or a reward_shaper is refused.
 REQUIRED = {
     "algo.name": "a2c_continuous",
     "model.name": "continuous_a2c_logstd",
@@ -925,8 +924,8 @@ EPISODE_SUMS = ("rewards", "shaped_rewards", "episode_lengths")  # rl_games' nam
 
 class EpisodeMeter:
     """Sums of `width` quantities over the running episodes, and their mean over about the last
-    `size` finished ones, as in rl_games' AverageMeter: the n episodes that end in one step enter it
-    as their mean, with the weight min(n, size), and push out as many older ones."""
+    `size` finished ones. As in rl_games' AverageMeter the n episodes that end in one step enter
+    together, as their mean with the weight min(n, size), in place of as many older ones."""
 
     def __init__(self, num_envs: int, size: int, width: int, device: torch.device):
         self.size = size
@@ -1015,7 +1014,7 @@ def log_epoch(agent: PPOAgent, metrics, step_time: float, play_time: float, epoc
     agent.algo_observer.call("after_print_stats", frame, epoch, agent.total_time)
     score = writer.scalars.get(args.best_metric or "rewards/step", math.nan)
     if metrics["finished"] and math.isnan(score):
-        warn(f"--best-metric {args.best_metric} is not logged: TensorBoard shows the tags that are")
+        warn(f"--best-metric {args.best_metric} is not in an epoch: TensorBoard shows the tags")
     writer.end_epoch()
     left = timedelta(seconds=int(epoch_time * (args.max_epochs - epoch)))
     rates = f"lr {metrics['info/last_lr']:.1e} fps {agent.frames_per_epoch / epoch_time:,.0f}"
@@ -1101,8 +1100,8 @@ class RLGPUAlgoObserver(AlgoObserver):
                 value = value.to(self.algo.device, torch.float32, copy=True)
                 self.steps[key].append((value.nan_to_num(0.0, 0.0, 0.0), self.algo.dones))
             elif is_number or is_tensor:  # other things are not for the log
-                numbers = torch.as_tensor(value, dtype=torch.float32).detach().flatten()
-                self.values[tag].append(numbers.clone())
+                number = torch.as_tensor(value, dtype=torch.float32, device=self.algo.device)
+                self.values[tag].append(number.detach().flatten().clone())
 
     def means(self) -> Dict[str, float]:
         """What the environments have reported since the last call, by tag without its axis."""
@@ -1157,7 +1156,7 @@ class WandbAlgoObserver(AlgoObserver):
 
     def after_print_stats(self, frame, epoch_num, total_time) -> None:
         scalars, steps = self.writer.scalars, self.writer.steps
-        # The step under which TensorBoard has a scalar is one of these, and tells the x-axis.
+        # TensorBoard has each scalar over one of these steps, which W&B takes for its x-axis.
         axes = {frame: "global_step", epoch_num: "epoch", total_time: "time"}
         for tag in scalars.keys() - self.tags:
             with contextlib.suppress(Exception):  # W&B reads a * in a name as a pattern
@@ -1211,11 +1210,11 @@ class MultiObserver:
 
 # CHECKPOINTS ======================================================================================
 # runs/<experiment>/nn/epoch_<N>.pth   every save_frequency epochs
-#                      best.pth        at each new highest score, once the mean is of many episodes
+#                      best.pth        at each new highest score, once enough episodes have ended
 #                      last.pth        with each epoch_<N>.pth, and whenever the run ends
 #
-# No file is ever half written. What goes wrong is raised, and costs the epochs since the last save;
-# in a rollout it costs none, because the weights are still those of the last epoch.
+# No file is ever half written. Errors are raised, and cost the epochs since the last save; an error
+# in a rollout costs none, because the weights are still those of the last epoch.
 
 FORMAT_VERSION = 3
 
@@ -1227,7 +1226,7 @@ def agent_state(agent: PPOAgent, mid_rollout: bool = False) -> Dict[str, Any]:
     env, episodes, device = agent.env, agent.episodes, agent.device
     optimizer = agent.optimizer.state_dict()
     optimizer["param_groups"][0].update(lr=float(agent.lr), fused=None)  # as rl_games has them
-    # In the middle of a rollout an exact env_state does not fit the rest, but a curriculum's does.
+    # In the middle of a rollout an exact state fits neither obs nor rng; a curriculum's level does.
     fits = not (mid_rollout and getattr(env, "exact_state", False))
     env_state = env.get_env_state() if fits and hasattr(env, "get_env_state") else None
     return dict(
@@ -1267,7 +1266,7 @@ def load_weights(model: ActorCritic, state: Dict[str, Any], path: str) -> None:
         what = " ".join(str(exc).split())
         raise UserError(f"{path} does not fit this env or network: {what:.300}") from exc
     for parameter, adam in zip(model.parameters(), state["optimizer"]["state"].values()):
-        if not parameter.shape == adam["exp_avg"].shape == adam["exp_avg_sq"].shape:
+        if {adam["exp_avg"].shape, adam["exp_avg_sq"].shape} != {parameter.shape}:
             raise UserError(f"{path}: Adam's moments have other shapes")  # torch would crash
 
 
@@ -1290,8 +1289,7 @@ def restore_agent(agent: PPOAgent, state: Dict[str, Any], path: str) -> bool:
     agent.episodes.mean = state["episodes"]["mean"]
     agent.episodes.count = state["episodes"]["count"]
     agent.mean_rewards = float(agent.episodes.mean[0]) if agent.episodes.count else -math.inf
-    # An env without exact_state saves only global state, such as a curriculum's level, so num_envs
-    # may differ.
+    # The state of an env without exact_state does not depend on num_envs: a curriculum's level.
     exact_state, saved = getattr(env, "exact_state", False), state["env_state"] is not None
     one_process = WORLD_SIZE == 1 and state["processes"] == 1
     same_sizes = state["device"] == agent.device.type and state["obs"].shape == agent.obs.shape
@@ -1404,8 +1402,8 @@ START_DIR = os.getcwd()  # an environment may change it
 def log(message: str, stream=None) -> None:
     """Print, in the process of rank 0."""
     if RANK == 0:
-        # Dropped is what a closed terminal does not take, and what a signal handler prints in the
-        # middle of another print (RuntimeError).
+        # A closed terminal must not end training, nor a signal handler that prints in the middle of
+        # another print (RuntimeError).
         with contextlib.suppress(OSError, ValueError, RuntimeError):
             print(message, file=stream, flush=True)
 
@@ -1468,7 +1466,7 @@ def open_run(agent: PPOAgent, state: Optional[Dict[str, Any]], origin: str):
     agent.config["wandb_run_id"] = os.environ.get("WANDB_RUN_ID", run_id)
     agent.config.update({name: agent.config[ours] for name, ours in RL_GAMES_NAMES.items()})
     agent.writer = Writer(run_dir, args)
-    if not continues:  # what cannot be written or read again is found now, not after a night
+    if not continues:  # try now, not after a night, whether it can be written and read again
         save(agent, "last.pth")
         load_checkpoint(os.path.join(run_dir, "nn", "last.pth"))
     return lock
@@ -1520,6 +1518,9 @@ def train(agent: PPOAgent, state: Optional[Dict[str, Any]], path: str) -> None:
         load_weights(agent.model, state, path)
     if average(torch.tensor(float(agent.epoch_num), device=agent.device)) != agent.epoch_num:
         raise UserError("the processes see different checkpoints: is the folder a shared one?")
+    if WORLD_SIZE > 1:
+        for tensor in agent.model.state_dict().values():
+            dist.broadcast(tensor, 0)
     if RANK != 0:
         return agent.train()
     lock = open_run(agent, state, path)
@@ -1541,8 +1542,8 @@ def train(agent: PPOAgent, state: Optional[Dict[str, Any]], path: str) -> None:
 
 @contextlib.contextmanager
 def stop_signals(agent: PPOAgent):
-    """Let a signal end training after the current epoch. The job and torchrun often both send it,
-    so a second one counts only after two seconds, and then interrupts at once."""
+    """Let a signal end training after the current epoch. It often comes twice, from the job and
+    from torchrun, so repeats are ignored for two seconds; a later one interrupts at once."""
     process, before, first_time = os.getpid(), {}, math.inf
 
     def stop(signum, _frame):
@@ -1614,8 +1615,8 @@ def as_flags(settings: Dict[str, Any]) -> List[str]:
 
 
 def parse_args(argv: Sequence[str]) -> Tuple[Args, str, Any]:
-    """Args, and path and content of the checkpoint that they name. The flags are parsed twice:
-    first to learn which checkpoint or task is meant, then behind the settings found there."""
+    """Args, and path and content of the checkpoint that they name. The flags are parsed once to
+    find the checkpoint or task, and again with the settings found there in front of them."""
     first = tyro.cli(Args, args=argv, description=__doc__.splitlines()[0])
     for name in ("checkpoint", "init_from", "train_dir"):
         if getattr(first, name):  # an env may change the working directory
@@ -1639,9 +1640,10 @@ def parse_args(argv: Sequence[str]) -> Tuple[Args, str, Any]:
     args = tyro.cli(Args, args=[*as_flags(found), *argv])
     paths = dict(checkpoint=first.checkpoint, init_from=first.init_from, train_dir=first.train_dir)
     args = replace(args, **paths)
-    if ":" in args.env_id and args.env_id != first.env_id:  # a checkpoint chooses no code
+    if ":" in args.env_id and args.env_id != first.env_id:  # a checkpoint must not name code
         raise UserError(f"{path} was trained on your own env: repeat --env-id {args.env_id}")
-    if args.checkpoint and "__learning_rate" in given:  # else the checkpoint's rate goes on
+    # Else the checkpoint's rate goes on. The flags of --resume are those of the first start.
+    if args.checkpoint and "__learning_rate" in given and not args.resume:
         state["optimizer"]["param_groups"][0]["lr"] = args.learning_rate
     check_args(args)
     return args, path, state
@@ -1650,7 +1652,7 @@ def parse_args(argv: Sequence[str]) -> Tuple[Args, str, Any]:
 def check_args(args: Args) -> None:
     """UserError for values that make no sense."""
     for field in fields(Args):
-        value, least = getattr(args, field.name), int(field.type is Count)
+        value, least = getattr(args, field.name), 1 if field.type is Count else 0
         if field.type in (int, float, Count) and not value >= least:  # true for nan, too
             raise UserError(f"--{field.name.replace('_', '-')} must be >= {least}, not {value}")
     batch = args.num_envs * args.num_steps

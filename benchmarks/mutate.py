@@ -34,43 +34,43 @@ batch: env-major | x.transpose(0, 1).flatten(0, 1) for name | x.flatten(0, 1) fo
 norm: values first | model.value_mean_std.update(values.unsqueeze(1)) | pass
 norm: unbiased | len(x), x.mean(0), x.var(0) | len(x), x.mean(0), x.var(0, False)
 norm: clamp | / std).clamp(-5.0, 5.0) | / std)
-norm: first pass only | if args.normalize_input and pass_number == 0 | if args.normalize_input
 loss: clip range | 1.0 + args.clip_coef) | 1.0 + 2 * args.clip_coef)
 loss: pessimistic | torch.where(surrogate > clipped | torch.where(surrogate < clipped
 loss: value clip | torch.where(value_loss > clipped_loss | torch.where(value_loss < clipped_loss
 loss: entropy's sign | loss - args.ent_coef | loss + args.ent_coef
 loss: soft bound | softshrink(mu, 1.1) | softshrink(mu, 1.0)
 kl: direction | (old_sigma / sigma + 1e-5) | (sigma / old_sigma + 1e-5)
-kl: since the last pass | minibatch["mus"].copy_(mu) | pass
 lr: upper bound | 2.0 * args.kl_threshold | 3.0 * args.kl_threshold
 lr: max | (lr * 1.5).clamp(max=args.max_lr) | (lr * 1.5)
 lr: linear | 1.0 - epoch / args.max_epochs | 1.0 - (epoch - 1) / args.max_epochs
 lr: standard | pass_kl += kl / len(minibatches) | pass_kl += kl
-update: max_grad_norm 0 | if args.max_grad_norm > 0: | if True:
 cartpole: velocity limit | theta_dot.clamp(-8.0, 8.0) | theta_dot
 meter: at most size | weight = min(n, self.size) | weight = n
 meter: older episodes | kept = min(self.count, self.size - weight) | kept = self.count
 meter: sums start anew | self.running.masked_fill_(ended[t].unsqueeze(1), 0.0) | pass
-meter: continued | agent.episodes.mean = state["episodes"]["mean"] | pass
+# tests/test_rl_games.py
+norm: first pass only | if args.normalize_input and pass_number == 0 | if args.normalize_input
+kl: since the last pass | minibatch["mus"].copy_(mu) | pass
+update: max_grad_norm 0 | if args.max_grad_norm > 0: | if True:
 # tests/test_processes.py
 processes: n | n = len(x) * WORLD_SIZE | n = len(x)
 processes: variance between | var * (n - 1) + n * (mean - common_mean).square() | var * (n - 1)
 processes: gradients | nn.utils.vector_to_parameters(message[1:], gradients) | pass
-# infos or nan or save or exception
+# infos or nan or save or exception or whole_epoch or four or before_it_has_its_name
+meter: continued | agent.episodes.mean = state["episodes"]["mean"] | pass
 infos: finite | numbers = numbers[numbers.isfinite()] | pass
 nan: after the update | if bad: | if False:
 nan: in the rollout | sums.isfinite().all() | sums.isfinite().any()
 save: fsync | sync(file.fileno()) | pass
 save: fsync of the folder | if os.name == "posix": | if False:
 save: replace | os.replace(temporary, os | shutil.copy(temporary, os
-save: best after a full disk | agent.best_score, agent.best_epoch = before | pass
 save: epoch before an exception | self.epoch_num -= 1 | pass
 save: level in mid-rollout | mid_rollout and getattr(env, "exact_state", False) | mid_rollout
 # checkpoint or torchscript or best
 load: checksum | if zipfile.ZipFile(path).testzip(): | if False:
 load: weights_only | weights_only=True) | weights_only=False)
-load: TorchScript | mock.patch("torch.jit.load", None) | contextlib.nullcontext()
-load: env's state counts | item[1]["env_state"] is not None | 0
+load: TorchScript | mock.patch("torch.jit.load", | mock.patch("torch.jit.save",
+load: env's state counts | found[1]["env_state"] is not None | 0
 best: enough episodes | finished >= args.games_to_track | finished > 0
 best: save_best_after | epoch >= args.save_best_after | epoch > args.save_best_after
 best: not another run's | if os.path.isdir(args.checkpoint) and state | if state
@@ -80,7 +80,7 @@ signals: two seconds | > first_time + 2.0 | > first_time
 signals: fork | if os.getpid() != process: | if False:
 seed: not drawn again | 1_000_003 * epoch | 0 * epoch
 # refused or flag or setting
-args: Count | int(field.type is Count) | int(False)
+args: Count | 1 if field.type is Count else 0 | 0
 args: precedence | [*as_flags(found), *argv] | [*argv, *as_flags(found)]
 args: init_from's group | "normalize_input" if first.init_from | "num_envs" if first.init_from
 args: a file passes on no track | "track" if os.path.isdir(source) else "env_id" | "track"
@@ -92,7 +92,7 @@ yaml: fixed | flat["config.lr_schedule"] = "fixed" | flat["config.lr_schedule"] 
 yaml: 0 asks for something | if value is not False and | if value and
 # tests/test_wandb.py
 wandb: axes | epoch_num: "epoch", | epoch_num: "global_step",
-wandb: its own variables | del options[key] | pass
+wandb: its own variables | if f"WANDB_{k.upper()}" not in os.environ | if True
 """
 
 

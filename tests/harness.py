@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from pathlib import Path
 from typing import Tuple
 from unittest import mock
@@ -214,19 +213,12 @@ class Evil(torch.nn.Module):
         self.training = state[1]
         torch.save(state[0], "owned")
 
-    def forward(self) -> int:
-        return 1
-
 
 def torchscript(path):
-    """An archive that torch < 2.6 hands to torch.jit.load, weights_only or not, stored without
-    compression, as a checkpoint is. That it works is tried first."""
-    archive = io.BytesIO()
-    torch.jit.save(torch.jit.script(Evil()), archive)
+    """An archive that torch < 2.6 hands to torch.jit.load, weights_only or not. That it works is
+    tried first."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(path, "w") as stored:
-        for name in source.namelist():
-            stored.writestr(name, source.read(name))
+    torch.jit.save(torch.jit.script(Evil()), path)
     torch.jit.load(path)
     os.remove("owned")
 
@@ -243,8 +235,7 @@ class Env:
     time_outs   False: infos has none
     raise_at    the step, counted from 1, that raises `error` (a RuntimeError)
     kill_at     the step in which the process gets the signal `kill`
-    sleep_at    the step that takes an hour
-    bad_at      (step, "obs" | "reward" | "states", number of environments, value)
+    bad_at      (step, "obs" | "reward", number of environments, value)
     exact       True: it has its whole state in checkpoints
     level       a number to begin with: a curriculum, kept in checkpoints, one more at each step
     others      become attributes: num_states, max_episode_length, close, policy_metadata ..."""
@@ -255,7 +246,7 @@ class Env:
     def __init__(self, num_envs, device, seed, **keywords):
         self.num_envs = num_envs
         self.lengths, self.infos, self.time_outs = 20, {}, True
-        self.raise_at = self.kill_at = self.sleep_at = self.bad_at = None
+        self.raise_at = self.kill_at = self.bad_at = None
         self.error, self.kill = RuntimeError("the simulator broke"), signal.SIGKILL
         self.exact, self.level = False, None
         self.__dict__.update(keywords)
@@ -295,8 +286,6 @@ class Env:
             raise self.error
         if self.steps == self.kill_at:
             os.kill(os.getpid(), self.kill)
-        if self.steps == self.sleep_at:
-            time.sleep(3600)
         distance = actions[:, : self.num_obs] - self.obs[:, : self.num_acts]
         self.reward[:] = 1 - distance.abs().mean(1)
         self.t += 1

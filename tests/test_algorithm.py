@@ -24,9 +24,9 @@ def agent_of(**arguments):
     return train_ppo.PPOAgent(args, env, train_ppo.MultiObserver([]))
 
 
-def roll_out(agent, policy=None, after_step=lambda infos, dones: None):
+def roll_out(agent, after_step=lambda infos, dones: None):
     parts = (agent.env, agent.obs, agent.buffer, agent.args, after_step)
-    agent.obs, _ = train_ppo.rollout(policy or agent.act, *parts)
+    agent.obs, _ = train_ppo.rollout(agent.act, *parts)
     return agent.buffer
 
 
@@ -38,22 +38,17 @@ def batch_of(agent):
 
 
 @pytest.mark.parametrize("clip_actions", [True, False])
-def test_rollout_copies_what_the_env_overwrites_and_keeps_what_the_policy_returns(clip_actions):
+def test_rollout_copies_what_the_env_overwrites(clip_actions):
     """Each row is of its own step. The env gets the clipped action, the buffer the sampled one."""
     agent, seen = agent_of(sigma_init=0.5, clip_actions=clip_actions), []
     agent.env.done = agent.env.done.bool()  # so that a cast copies nothing
-
-    def policy(obs, noise):
-        return dict(agent.act(obs, noise), memory=torch.full((4, 2, 3), float(len(seen))))
-
-    buffer = roll_out(agent, policy, lambda *step: seen.append(step))
+    buffer = roll_out(agent, lambda *step: seen.append(step))
     assert len({tuple(row.flatten().tolist()) for row in buffer["obs"]}) == 8
     assert buffer["actions"].abs().max() > 1
     given = buffer["actions"].clamp(-1, 1) if clip_actions else buffer["actions"]
     assert torch.allclose(buffer["rewards"], 1 - (given - buffer["obs"]).abs().mean(-1))
     ends = [[0, 0, 1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0, 0, 0], [0] * 8, [0] * 8]
     assert buffer["dones"].t().tolist() == buffer["time_outs"].t().tolist() == ends
-    assert buffer["memory"][:, 3, 1].tolist() == [[t] * 3 for t in range(8)]
     assert [dones.tolist() for _, dones in seen] == buffer["dones"].bool().tolist()
     assert [list(infos) for infos, _ in seen] == [["time_outs"]] * 8
     assert torch.equal(agent.obs, agent.env.obs)
@@ -119,9 +114,6 @@ def test_values_returns_and_advantages_are_normalised():
     assert found["advantages"].numpy() == pytest.approx(expected, abs=1e-5)
     assert differences(batch, before) == [], "the batch itself stays"
 
-    agent = agent_of(normalize_value=False, norm_adv=False)
-    assert differences(train_ppo.normalize_batch(agent.model, batch, agent.args), before) == []
-
 
 # LOSS AND UPDATE ==================================================================================
 
@@ -149,13 +141,11 @@ LOSSES = {  # of one row: keywords, value in the log, share of the loss, d loss 
     "a_loss, below and pays": (dict(ratio=0.5, advantage=-1.0), 0.8, 0.8, 0.0),
     "a_loss, below and costs": (dict(ratio=0.5, advantage=1.0), -0.5, -0.5, 0.5),
     "clipfrac, above": (dict(ratio=1.5), 1.0, 0.0, 0.0),
-    "clipfrac, below": (dict(ratio=0.5), 1.0, 0.0, 0.0),
     "c_loss, clipped": (dict(value=1.5, old=0.5, vf_coef=2.0), 1.69, 1.69, 0.0),
     "c_loss, worse than clipped": (dict(value=0.5, old=1.5, vf_coef=2.0), 2.25, 2.25, 0.0),
     "c_loss, free": (dict(value=1.5, old=0.5, vf_coef=3.0, clip_vloss=False), 0.25, 0.375, 0.0),
     "entropy": (dict(ent_coef=0.1), ENTROPY, -0.1 * ENTROPY, -0.1),
     "bounds_loss, above": (dict(mu=1.6, bounds_loss_coef=0.1), 0.25, 0.025, 0.0),
-    "bounds_loss, below": (dict(mu=-1.6, bounds_loss_coef=0.1), 0.25, 0.025, 0.0),
     "bounds_loss, inside": (dict(mu=1.1, bounds_loss_coef=0.1), 0.0, 0.0, 0.0),
     "kl": (dict(), 0.3**2 / 2, 0.0, 0.0),
 }
@@ -188,16 +178,13 @@ def test_each_term_of_the_loss_by_hand(name):
 SCHEDULES = {  # rate, KL, arguments: next rate
     "just too much": (1e-3, 0.0165, {}, 1e-3 / 1.5),
     "just not too much": (1e-3, 0.0155, {}, 1e-3),
-    "just not too little": (1e-3, 0.0045, {}, 1e-3),
     "just too little": (1e-3, 0.0035, {}, 1.5e-3),
     "another aim": (1e-3, 0.017, dict(kl_threshold=0.05), 1.5e-3),
     "at the top": (9e-3, 0.0, {}, 1e-2),
-    "at another top": (9e-3, 0.0, dict(max_lr=9.5e-3), 9.5e-3),
     "at the bottom": (1.2e-6, 1.0, {}, 1e-6),
     "at another bottom": (1.2e-5, 1.0, dict(min_lr=1e-5), 1e-5),
     "linear": (1.0, 1.0, dict(lr_schedule="linear", learning_rate=1e-3), 1e-6 + 999e-6 * 0.7),
-    "fixed, too much": (1e-3, 1.0, dict(lr_schedule="fixed"), 1e-3),
-    "fixed, too little": (1e-3, 0.0, dict(lr_schedule="fixed"), 1e-3),
+    "fixed": (1e-3, 1.0, dict(lr_schedule="fixed"), 1e-3),
 }
 
 
@@ -234,36 +221,44 @@ def test_update_takes_each_step_with_the_rate_of_its_schedule(schedule_type, rat
     assert {k: float(v) for k, v in means.items()} == pytest.approx(dict(mine=1.75, kl=0.086 / 6))
 
 
-# EPISODES =========================================================================================
+def test_compile_learns_the_same_and_continues_without_it(here):
+    short = ("--num-envs=32", "--num-steps=8", "--max-epochs=1", "--units=8")
+    eager = run(*short, "--experiment=eager").state()["model"]
+    compiled = run(*short, "--experiment=compiled", "--compile").state()["model"]
+    assert list(eager) == list(compiled)
+    for name, value in eager.items():
+        assert torch.allclose(value, compiled[name], atol=1e-4), name
+    done = run("--checkpoint=runs/compiled", "--max-epochs=2", "--no-compile")
+    assert "exactly where it stopped" in done.out
 
-MEANS = [  # the environments that end in a step: mean of the last three episodes, their number
-    ([], 0, 0),
-    ([0], 2, 1),
-    ([0, 1, 2, 3], (1 + 6 + 9 + 12) / 4, 3),
-    ([3], (7 + 7 + 4) / 3, 3),
-]
+
+# EPISODES =========================================================================================
 
 
 def test_mean_reward_by_hand():
     """The rewards are 1, 2, 3 and 4 in each step. Episodes that end together count alike: as their
     mean, as often as there is room."""
     meter = EpisodeMeter(4, 3, 1, CPU)
-    for ended, mean, count in MEANS:
+    means = [  # the environments that end in a step: mean of the last three episodes, their number
+        ([], 0, 0),
+        ([0], 2, 1),
+        ([0, 1, 2, 3], (1 + 6 + 9 + 12) / 4, 3),
+        ([3], (7 + 7 + 4) / 3, 3),
+    ]
+    for ended, mean, count in means:
         rewards, dones = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.zeros(1, 4)
         dones[0, ended] = 1
         meter.add_rollout([rewards], dones)
         assert (meter.mean.tolist(), meter.count) == ([mean], count)
 
 
-ALWAYS_BETTER = itertools.count()
-
-
 @pytest.mark.parametrize("exact, epochs, best", [(False, 6, 4), (False, 7, 7), (True, 5, 5)])
 def test_best_waits_for_whole_episodes_wherever_they_start(here, exact, epochs, best):
     """The first episodes to end are the short ones. Here they take 20 steps, 2.5 epochs, and start
     anew after epoch 4 unless the environment is exact."""
+    always_better = itertools.count()
     env = dict(exact=exact, max_episode_length=20)
-    env["infos"] = lambda _: {"score": float(next(ALWAYS_BETTER))}
+    env["infos"] = lambda _: {"score": float(next(always_better))}
     flags = ("--best-metric=score/iter", "--save-best-after=1", "--games-to-track=9")
     assert run(*SMALL, *flags, "--experiment=r", env=env).state()["best_epoch"] == 4
     done = run("--checkpoint=runs/r", f"--max-epochs={epochs}", env=env)
@@ -300,49 +295,21 @@ def test_cartpole_follows_the_equations_of_motion():
 
 def test_cartpole_keeps_isaacgymenvs_contract():
     """The first step resets, as does the step after a done, whatever the action."""
-    torch.manual_seed(0)
     env = Cartpole(3, CPU)
-    assert env.reset()["obs"].abs().sum() == 0, "reset() resets nothing"
-    obs, reward, done, infos = env.step(torch.ones(3, 1))
-    assert obs["obs"].shape == (3, 4) and 0.05 < obs["obs"].abs().max() <= 0.25
-    assert done.dtype == torch.int64 and infos["time_outs"].dtype == torch.bool
-    x, v, angle, omega = obs["obs"].double().t()
-    expected = 1 - angle**2 - 0.01 * v.abs() - 0.005 * omega.abs()
-    assert reward.tolist() == pytest.approx(expected.tolist())
-
+    obs, _, done, _ = env.step(torch.ones(3, 1))
+    assert 0.05 < obs["obs"].abs().max() <= 0.25 and done.dtype == torch.int64
     env.state[0, 0] = 3.1  # env 0: the cart leaves the track
     env.state[2, 1] = 2.0  # env 1: the pole is down
     obs, reward, done, infos = env.step(torch.zeros(3, 1))
-    assert reward[:2].tolist() == [-2, -2] and done.tolist() == [1, 1, 0]
-    assert infos["time_outs"].tolist() == [False] * 3
+    assert done.tolist() == [1, 1, 0] and infos["time_outs"].tolist() == [False] * 3
+    _, v, angle, omega = obs["obs"][2].abs().tolist()
+    upright = 1 - angle**2 - 0.01 * v - 0.005 * omega
+    assert reward.tolist() == pytest.approx([-2, -2, upright])
     assert obs["obs"][0, 0] > 3, "the observation with done=1 is the episode's last one"
     obs, reward, done, infos = env.step(torch.ones(3, 1))
     assert obs["obs"][:2].abs().max() <= 0.25 and done.tolist() == [0, 0, 0]
-
-    steps = 0
-    while not done[0]:
+    for _ in range(499):
         env.state.zero_()  # held upright, it ends by the clock
         obs, reward, done, infos = env.step(torch.zeros(3, 1))
-        steps += 1
     # Env 2 ended a step earlier than the others and has begun anew.
-    assert steps == 499 and infos["time_outs"].tolist() == [True, True, False]
-
-
-# OPTIONS OF SPEED =================================================================================
-
-
-def test_compile_learns_the_same_and_continues_without_it(here):
-    short = ("--num-envs=32", "--num-steps=8", "--max-epochs=1", "--units=8")
-    eager = run(*short, "--experiment=eager").state()["model"]
-    compiled = run(*short, "--experiment=compiled", "--compile").state()["model"]
-    assert list(eager) == list(compiled)
-    for name, value in eager.items():
-        assert torch.allclose(value, compiled[name], atol=1e-4), name
-    done = run("--checkpoint=runs/compiled", "--max-epochs=2", "--no-compile")
-    assert "exactly where it stopped" in done.out
-
-
-def test_mixed_precision_does_nothing_on_a_cpu(here):
-    """IsaacGymEnvs' Ant sets it. A CPU without bfloat16 would be ten times slower with it."""
-    states = [run(*SMALL, "--device=cpu", f"--{x}mixed-precision").state() for x in ("no-", "")]
-    assert differences(states[0]["model"], states[1]["model"]) == []
+    assert done.tolist() == [1, 1, 0] and infos["time_outs"].tolist() == [True, True, False]

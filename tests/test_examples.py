@@ -66,13 +66,12 @@ def test_mjlab_env_trains(here, monkeypatch):
         if done.any():
             ended[t] = (done.tolist(), infos["time_outs"].tolist())
     assert ended == {40: ([True, False], [False, False]), 50: ([False, True], [False, True])}
-    flags = "--num-envs=64 --minibatch-size=512 --num-steps=16 --max-epochs=4 --device=cpu"
-    done = run("--env-id=examples.mjlab_env:make_env", *flags.split())
-    curves, state = done.curves, done.state()
-    assert curves["episode_lengths/iter"][0][1] < 20, "the first episodes start anywhere"
-    assert {f"Episode/Episode_Termination/{x}" for x in ("time_out", "even")} < set(curves)
-    assert state["num_states"] == 5, "mjlab's critic group"
-    assert state["env_state"] == {"common_step_counter": 1 + 4 * 16}, "the first is check_env's"
+    done = run("--env-id=examples.mjlab_env:make_env", *SMALL, "--device=cpu")
+    (epoch, length), *_ = done.curves["episode_lengths/iter"]
+    assert epoch == 1 and length < 10, "the first episodes start anywhere"
+    assert "Episode/Episode_Termination/even" in done.curves
+    assert done.state()["num_states"] == 5, "mjlab's critic group"
+    assert done.state()["env_state"] == {"common_step_counter": 1 + 4 * 8}, "1 is check_env's"
 
 
 # OBSERVERS ========================================================================================
@@ -137,54 +136,26 @@ def test_ant_episodes_end_by_the_clock_or_by_a_fall(env):
     assert torch.allclose(obs["obs"][:, 0], torch.tensor(0.44))  # the next episode's first one
 
 
-def test_ant_starts_as_the_original_does(env):
-    degrees = torch.tensor([0.0, 30.0, 0.0, -30.0, 0.0, -30.0, 0.0, 30.0], dtype=torch.float64)
-    physics = env._new_episodes(1000)[0]
-    start_pose = torch.tensor([0.0, 0.0, 0.44, 1.0, 0.0, 0.0, 0.0])
-    assert torch.equal(physics[:, 1:8].float(), start_pose.expand(1000, 7))
-    assert 0.19 < (physics[:, 8:16] - degrees.deg2rad()).abs().max() <= 0.2 + 1e-9
-    assert 0.09 < physics[:, 22:30].abs().max() <= 0.1
-    assert env.model.body_mass.sum() == pytest.approx(0.91, abs=0.01)
-
-
-def test_ant_reward_is_the_written_formula(env):
-    for _ in range(20):
-        env.step(2.0 * torch.rand(E, 8) - 1.0)
-    before = env.physics
-    _, reward, done, _ = env.step(torch.ones(E, 8))
-    after, running, low, high = env.physics, ~done, *env.limits.unbind(1)
-    assert running.sum() > E // 2
-    old, new = (torch.hypot(1000.0 - p[:, 1], p[:, 2]) for p in (before, after))
-    x, y, (w, i, j, k) = after[:, 1], after[:, 2], after[:, 4:8].t()
-    heading = ((1 - 2 * (j * j + k * k)) * (1000.0 - x) - 2 * (i * j + w * k) * y) / new
-    expected = (old - new) * 60.0 + 0.5 + 0.1 * (1 - 2 * (i * i + j * j) > 0.93)
-    expected += torch.where(heading > 0.8, 0.5, 0.5 * heading / 0.8)
-    expected -= 0.005 * 8 + 0.05 * 0.2 * after[:, 22:30].abs().sum(1)
-    expected -= 0.1 * ((after[:, 8:16] - low) / (high - low) > 0.995).sum(1)
-    torch.testing.assert_close(reward[running].double(), expected[running], atol=1e-4, rtol=0)
-
-
-def test_ant_observes_in_the_torsos_frame(env):
+def test_ant_observes_in_the_torsos_frame_and_is_rewarded_for_it(env):
     physics, yaw = env.physics[:1].clone(), 2.0
     physics[0, 1:4] = torch.tensor([1000.0, -1000.0, 0.5])  # so the target is at 90 degrees
     physics[0, 4:8] = torch.tensor([math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2)])
     physics[0, 16:22] = torch.tensor([3 * math.cos(yaw), 3 * math.sin(yaw), 0.2, 0.1, 0.2, 0.3])
-    obs = ant.observe(physics, torch.ones(1, 24), torch.zeros(1, 8), env.limits)[0]
+    physics[0, 8:16] = 0.0  # two of the ankles are beyond their upper limits
+    physics[0, 22:30] = 2.0
+    obs = ant.observe(physics, torch.ones(1, 24), torch.full((1, 8), 0.5), env.limits)[0]
     turn = math.pi / 2 - yaw
     expected = [0.5, 3.0, 0.0, 0.2, 0.1, 0.2, 0.3, yaw, 0.0, turn, 1.0, math.cos(turn)]
     assert obs[:12].tolist() == pytest.approx(expected, abs=1e-6)
     assert obs[28:52].tolist() == pytest.approx([0.1] * 24)
+    reward = ant.compute_reward(obs.unsqueeze(0), torch.tensor([3.0]))
+    parts = (3.0, 0.5, 0.1, 0.5, -0.005 * 8 * 0.25, -0.05 * 8 * 0.5 * 0.4, -0.1 * 2)
+    assert float(reward) == pytest.approx(sum(parts), abs=1e-6)
 
 
-def test_ant_says_what_a_robot_needs_and_is_drawn(env):
+def test_ant_says_what_a_robot_needs(env):
     metadata = env.policy_metadata()
     joints = [env.model.joint(j).name for j in env.model.actuator_trnid[:, 0]]
     assert metadata["action_names"] == joints
     assert len(metadata["observation_names"]) == env.num_obs
     assert (metadata["control_hz"], metadata["torque_per_action_nm"]) == (60.0, 15.0)
-    try:
-        picture = env.render(mode="rgb_array")
-    except RuntimeError as error:
-        assert "MUJOCO_GL=egl" in str(error)
-        pytest.skip(str(error))
-    assert picture.shape == (360, 480, 3) and picture.std() > 10

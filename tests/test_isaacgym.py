@@ -1,5 +1,4 @@
-"""IsaacGymEnvs' tasks, by real hydra and stand-ins of isaacgym and isaacgymenvs. settings.json has
-the facts of all official settings files."""
+"""IsaacGymEnvs' tasks, by real hydra and stand-ins. settings.json: all official settings files."""
 
 import json
 import os
@@ -73,40 +72,26 @@ def test_official_settings_become_these_arguments_or_are_refused(name, parse):
         assert ("central.learning_rate" in unused(printed)) == ("critic_units" in found)
 
 
-IMPOSSIBLE = {  # settings that ask for what this file does not do
-    "algo.name": "a2c_discrete",
+IMPOSSIBLE = {  # what this file does not do and no official file asks for
     "model.name": "continuous_a2c",
-    "network.name": "soft_actor_critic",
     "network.value_activation": "tanh",
     "network.space.continuous.fixed_sigma": False,
-    "network.space.continuous.mu_init.name": "orthogonal_initializer",
-    "network.space.continuous.sigma_init.name": "default",
     "network.mlp.initializer.name": "orthogonal_initializer",
     "config.ppo": False,
     "config.reward_shaper.min_val": 0,
-    "config.reward_shaper.shift_value": 1,
     "config.minibatch_size_per_env": 4,
-    "config.use_smooth_clamp": True,
-    "config.normalize_rms_advantage": True,
-    "config.schedule_entropy": True,
-    "config.bound_loss_type": "regularisation",
-    "config.weight_decay": 0.01,
 }
 CENTRAL = "config.central_value_config"
-ASYMMETRIC = facts("ShadowHandPPOAsymm")  # with a network for the critic
-SEEING = {path: x for path, x in ASYMMETRIC.items() if path.startswith(CENTRAL)}
+SEEING = {k: x for k, x in facts("ShadowHandPPOAsymm").items() if k.startswith(CENTRAL)}
 # Changes to AntPPO.yaml, and what follows: arguments, or a part of the refusal.
 CHANGES = [
     *(({path: value}, f"ask for {path} = {value}") for path, value in IMPOSSIBLE.items()),
-    ({"network.separate": True}, {"separate": True}),
     ({"network.mlp.activation": "mish"}, "invalid choice 'mish' for argument '--activation'"),
     ({"config.reward_shaper.scale_value": None}, {"reward_scale": 1.0}),
     ({"config.truncate_grads": True, "config.grad_norm": 0.5}, {"max_grad_norm": 0.5}),
     ({"config.lr_schedule": None}, {"lr_schedule": "fixed"}),
     ({"config.learning_rate": "5e-4"}, {"learning_rate": 5e-4}),  # so yaml reads 5e-4
-    ({"config.max_epochs": "1e5"}, "--max-epochs: invalid literal for int()"),
     ({**SEEING, f"{CENTRAL}.network.mlp.activation": "relu"}, "network.mlp.activation = relu"),
-    ({**SEEING, f"{CENTRAL}.network.rnn.name": "lstm"}, "ask for central.network.rnn.name = lstm"),
     # What belongs to the command is not a task's to choose, and these belong to something else.
     ({"config.track": True, "config.checkpoint": "a.pth"}, {}),
     ({"config.player.seed": 7, "config.player.gamma": 0.5}, {}),
@@ -205,10 +190,8 @@ def test_a_task_trains_with_its_own_settings_and_flags_win(isaacgym, here):
     done = Run(out, "", 0, newest_run())
     assert "epoch 4/4" in out and {"new", "score_to_win"} <= set(unused(out))
     expected = dict(num_envs=64, num_steps=16, minibatch_size=256, gae_lambda=0.9)
-    expected.update(max_epochs=4, save_best_after=2, save_frequency=2, max_grad_norm=0.0)
-    expected.update(units=(16,), reward_scale=0.01, vf_coef=2.0, update_epochs=1)
-    args = done.state("epoch_4.pth")["args"]
-    assert {name: type(value)(args[name]) for name, value in expected.items()} == expected
+    expected.update(max_epochs=4, max_grad_norm=0.0, reward_scale=0.01, update_epochs=1)
+    assert expected.items() <= done.state("epoch_4.pth")["args"].items()
     assert done.files == ["best.pth", "epoch_2.pth", "epoch_4.pth", "last.pth"]
 
 
@@ -222,16 +205,13 @@ def test_a_task_continues_and_is_evaluated_without_its_flags(isaacgym):
     assert "5 episodes of mean length 30.0\n" in done.out
 
 
-def test_a_seed_repeats_a_run_whatever_the_simulator_draws(isaacgym):
-    states = [command("--env-id=Ant --max-epochs=2").state() for _ in range(2)]
-    assert same_state(*states) == []
-
-
-def test_overrides_and_num_envs_reach_the_settings_and_the_task(isaacgym):
+def test_overrides_reach_the_task_and_a_seed_repeats_a_run_whatever_it_draws(isaacgym):
     overrides = "train=OtherPPO task.env.stiffness=3"
-    done = command(f"--env-id=Ant --max-epochs=1 --num-envs=32 --overrides {overrides}")
+    words = f"--env-id=Ant --max-epochs=1 --num-envs=32 --overrides {overrides}"
+    done, again = command(words), command(words)
     assert [value for _, value in done.curves["stiffness/iter"]] == [3.0]
     assert done.state()["args"]["minibatch_size"] == 32
+    assert same_state(done.state(), again.state()) == [] and done.folder != again.folder
 
 
 def test_critic_sees_the_states_only_with_a_central_value_network(isaacgym):
@@ -249,7 +229,6 @@ REFUSED = {
     "--env-id=HandWithoutStates": "no states for its central value network",
     "--env-id=Anymal": NAMES,
     "--env-id=Cartpole": NAMES,  # not the built-in one, if Isaac Gym is there
-    "--env-id=Ant --overrides train=AntFastPPO": "train=AntFastPPO: ",
     "--env-id=Ant --overrides task.env.stiffnes=3": "task.env.stiffnes=3: ",
     "--env-id=Ant --overrides task.env.stiffness": "task.env.stiffness: ",
 }

@@ -7,7 +7,6 @@ import signal
 import socket
 import sys
 import time
-from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
 
 import pytest
@@ -132,8 +131,7 @@ os._exit(0)
 
 
 def test_two_processes_learn_what_one_learns_from_the_rows_of_both(here):
-    Path("learn.py").write_text(LEARN)
-    processes(script="learn.py", codes=(0, 0))
+    processes(LEARN, script="-c", codes=(0, 0))
     first, second = [torch.load(f"learned_{rank}.pth", weights_only=False) for rank in range(2)]
     assert differences(first, second) == []
     expected = learn(slice(32))

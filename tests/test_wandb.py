@@ -154,24 +154,20 @@ def test_every_scalar_is_there_over_its_x_axis_in_one_run(here):
     assert summary["best_epoch"] == best["best_epoch"]
 
 
-def test_wandbs_own_variables_win(here):
+def test_wandbs_own_variables_win_and_a_file_begins_a_run_of_its_own(here):
     mine = dict(WANDB_RUN_ID="mine1234", WANDB_PROJECT="theirs", WANDB_NAME="named")
     mine.update(WANDB_ENTITY="team", WANDB_TAGS="x", WANDB_RUN_GROUP="g")
-    flags = ("--track", "--wandb-project-name=ours", "--wandb-entity=us", "--experiment=r")
-    done = finish(start(*SMALL, "--max-epochs=1", *flags, environ=mine))
+    flags = ("--track", "--wandb-project-name=ours", "--wandb-entity=us")
+    done = finish(start(*SMALL, "--max-epochs=1", *flags, "--experiment=r", environ=mine))
     (part,) = wandb_runs(done)
     assert (part.run.run_id, part.run.project, part.run.entity) == ("mine1234", "theirs", "team")
     assert (part.run.display_name, list(part.run.tags), part.run.run_group) == ("named", ["x"], "g")
     assert done.state()["wandb_run_id"] == "mine1234"
 
-
-def test_a_file_begins_a_run_of_its_own(here):
-    flags = ("--track", "--wandb-project-name=ours", "--wandb-entity=us", "--experiment=r")
-    (first,) = wandb_runs(run(*SMALL, *flags, "--max-epochs=1"))
-    assert (first.run.project, first.run.entity, first.run.display_name) == ("ours", "us", "r")
-    (second,) = wandb_runs(run("--checkpoint=runs/r/nn/last.pth", "--max-epochs=2", "--track"))
-    assert second.run.run_id != first.run.run_id and second.run.project == "train_ppo"
-    assert [row["epoch"] for row in second.rows] == [2]
+    flags = ("--checkpoint=runs/r/nn/last.pth", "--max-epochs=2", *flags, "--experiment=s")
+    (part,) = wandb_runs(run(*flags))
+    assert (part.run.project, part.run.entity, part.run.display_name) == ("ours", "us", "s")
+    assert part.run.run_id != "mine1234" and [row["epoch"] for row in part.rows] == [2]
 
 
 def test_a_missing_wandb_is_one_warning_with_track_and_nothing_without(here, monkeypatch):

@@ -10,7 +10,6 @@ of all to end would be the short ones. The environment's metrics are those of th
 
 import json
 import os
-import re
 import sys
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -71,8 +70,8 @@ def evaluate(steps: Iterator[Any], num_envs: int) -> Dict[str, Any]:
         raise UserError("no env has ended its second episode, so there is nothing to report")
     result = dict(mean=returns.mean().item(), std=returns.std(unbiased=False).item())
     result.update(min=returns.min().item(), max=returns.max().item(), count=len(returns))
-    tags = [re.sub("^episode/", "Episode/", tag) for tag in observer.values]
-    metrics = {**dict.fromkeys(tags, float("nan")), **observer.means()}  # nan: never finite
+    metrics = dict.fromkeys(observer.values, float("nan"))  # nan: it was never finite
+    metrics.update(observer.means())
     return dict(result, length=lengths.mean().item(), metrics=metrics)
 
 
