@@ -552,6 +552,9 @@ def test_a_full_disk_ends_training_and_spoils_no_file(here):
 # Error of a function: whether training goes on.
 
 
+DRIVES = {"EINVAL os.fsync": True, "ENOSYS fcntl.flock": True, "EIO os.fsync": False}
+
+
 @pytest.mark.parametrize("name", DRIVES)
 def test_a_drive_may_lack_fsync_and_locks_but_not_fail(name, here, monkeypatch):
     error, function = name.split()

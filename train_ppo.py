@@ -1150,7 +1150,8 @@ class WandbAlgoObserver(AlgoObserver):
             self.run = wandb.init(**options)
         except Exception as exc:
             where = f"{config['run_dir']}/wandb/offline-run-*"
-            warn(f"W&B did not start: {exc}\nit records offline; upload later: wandb sync {where}")
+            why = " ".join(str(exc).split())
+            warn(f"W&B did not start ({why}): recording offline, upload later: wandb sync {where}")
             in_time(wandb.teardown, 2.0)  # a failed start would spoil the next one
             self.run = wandb.init(**options, mode="offline")
 

@@ -36,7 +36,7 @@ def noted(epoch, rank):
     return torch.load(f"epoch_{epoch}_of_{rank}.pth", weights_only=True)
 
 
-def processes(*flags, codes, envs=({}, {}, {}), folders=(".", ".", "."), script=""):
+def processes(*flags, codes, envs=({}, {}, {}), folders=(".", ".", "."), script=SCRIPT):
     """Start processes as torchrun does, each with its env (keywords of Spy) and working directory,
     and wait for their ends with these exit codes."""
     with socket.create_server(("127.0.0.1", 0)) as free:
