@@ -18,9 +18,6 @@ def values(done, tag):
     return [value for _, value in done.curves[tag]]
 
 
-# WHAT THE ENVIRONMENT REPORTS =====================================================================
-
-
 def reports(env):
     n = env.steps  # 2 to 9 in the first epoch, 10 to 17 in the second
     env.reused = getattr(env, "reused", torch.zeros(env.num_envs)).fill_(float(n))
@@ -39,7 +36,6 @@ REPORTED = {
     "Episode/per_env": [(1, 5.5), (2, 13.5)],  # the env overwrites it
     "Episode/some": [(1, 1.5), (2, 1.5)],
     "scalar/frame": [(32, 5.5), (64, 13.5)],
-    "scalar/iter": [(1, 5.5), (2, 13.5)],
     "nested/deep/iter": [(1, 5.5), (2, 13.5)],
     "nested/numpy/iter": [(1, 5.5), (2, 13.5)],
     "comes and goes/iter": [(1, 6.0), (2, 14.0)],
@@ -52,7 +48,8 @@ REPORTED = {
 def test_what_the_env_reports_is_logged_and_cumulated_as_rl_games_does(here):
     """Episodes of 2 to 5 steps; the first step of the first ones was the check of the env."""
     flags = ("--num-envs=4", "--num-steps=8", "--max-epochs=2", "--games-to-track=3")
-    done = run(*flags, env=dict(infos=reports, lengths=torch.arange(4) + 2))
+    env = dict(infos=reports, lengths=torch.arange(4) + 2)
+    done = run(*flags, env=env)
     curves = done.curves
     assert {tag: curves[tag] for tag in REPORTED} == REPORTED
     meter = pytest.importorskip("rl_games.algos_torch.torch_ext").AverageMeter(1, 3)
@@ -60,14 +57,14 @@ def test_what_the_env_reports_is_logged_and_cumulated_as_rl_games_does(here):
         meter.update(torch.tensor(lengths, dtype=torch.float32).unsqueeze(1))
     mean = pytest.approx(meter.get_mean().item())
     assert curves["episode_cumulative/steps"][0] == (32, mean) and done.err == ""
+    curves = run(f"--checkpoint={done.folder}", "--max-epochs=3", env=env).curves
+    assert curves["episode_cumulative_max/steps_max"][2] == (96, 4.0), "new episodes, new sums"
 
 
 ODD = {  # infos, and whether the observer copes with them
     "text": ({"odd": "text", "episode": {"odd": "text"}}, True),
-    "an object": ({"odd": object(), "episode": {"odd": {1, 2}}}, True),
     "an empty dict": ({"odd": {}, "episode": {}, "episode_cumulative": {}}, True),
     "not one number": ({"odd": torch.ones(32), "list": [1, 2], "array": np.ones(3)}, True),
-    "a huge number": ({"odd": 10**400}, False),
     "cumulative, of another shape": ({"episode_cumulative": {"odd": torch.zeros(3)}}, False),
 }
 
