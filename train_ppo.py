@@ -1152,7 +1152,7 @@ class WandbAlgoObserver(AlgoObserver):
             where = f"{config['run_dir']}/wandb/offline-run-*"
             why = " ".join(str(exc).split())
             warn(f"W&B did not start ({why}): recording offline, upload later: wandb sync {where}")
-            in_time(wandb.teardown, 20.0)  # a failed start would spoil the next one
+            in_time(wandb.teardown, 2.0)  # a failed start would spoil the next one
             self.run = wandb.init(**options, mode="offline")
 
     def after_print_stats(self, frame, epoch_num, total_time) -> None:

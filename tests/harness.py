@@ -129,12 +129,12 @@ def start(*flags, env=None, environ=(), cwd=".", script=SCRIPT):
     if env is not None:
         flags = ("--env-id=harness:make_env", *flags)
     environ = {"TEST_ENV": json.dumps(env or {}), "WANDB_MODE": "offline", **dict(environ)}
+    environ = {**os.environ, **environ}
     environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    environ.pop("WANDB_SERVICE", None)  # that of the tests' own process, which ends with it
     words = [sys.executable, str(script), *map(str, flags)]
     out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
-    process = subprocess.Popen(
-        words, cwd=cwd, env={**os.environ, **environ}, stdout=out, stderr=err
-    )
+    process = subprocess.Popen(words, cwd=cwd, env=environ, stdout=out, stderr=err)
     process.files = (out, err)
     return process
 
