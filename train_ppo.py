@@ -887,16 +887,15 @@ def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
             continue
         if path in PLACES or (path == f"config.{words[-1]}" and name in passed_on("env_id")):
             settings[name] = value
-        elif requirement in required:
-            if value != required[requirement]:
-                refused.append(f"{path} = {value}")
-        elif "network" in words or "reward_shaper" in words:
-            if value is not False and value != "None":
+        elif requirement in required or "network" in words or "reward_shaper" in words:
+            # What is not listed must be off.
+            if value not in (required.get(requirement, False), "None"):
                 refused.append(f"{path} = {value}")
         elif words[0] in ("config", "central") and words[1] not in HARMLESS:
             unused.append(path.replace("config.", ""))
     if refused:
-        raise UserError(f"{task} cannot be trained: its settings ask for {', '.join(refused)}")
+        what = f"{task} cannot be trained: its settings ask for {', '.join(refused)}"
+        raise UserError(f"{what}; apply recipes/lstm.patch" if "rnn.name" in what else what)
     if unused:
         log(f"settings of {task} that are not used here: {', '.join(unused)}")
     return settings

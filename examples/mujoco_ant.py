@@ -10,6 +10,7 @@ all observations and rewards at once, so there is no Python loop over environmen
 
 import math
 import os
+import re
 from typing import Any, Dict, Tuple
 
 import mujoco
@@ -38,6 +39,11 @@ OBSERVATIONS += ["yaw", "roll", "angle_to_target", "up_projection", "heading_pro
 OBSERVATIONS += [f"{kind}_{joint}" for kind in ("position", "velocity") for joint in JOINTS]
 OBSERVATIONS += [f"{sensor}_{axis}" for sensor in SENSORS for axis in "xyz"]
 OBSERVATIONS += [f"previous_action_{joint}" for joint in JOINTS]
+
+# In a mirror that swaps left and right, y to -y, these numbers change their signs, and legs 1 and 4
+# change places, as do 2 and 3.
+TURNED = re.compile("velocity_y|spin_[xz]|yaw|roll|angle_to_target|hip|force_y|torque_[xz]")
+OTHER_LEG = str.maketrans("1234", "4321")
 
 # Two geoms collide if the contype of one meets the conaffinity of the other: an ant touches the
 # floor, but not itself, as in the original.
@@ -192,6 +198,13 @@ class MujocoAnt:
         self.distance = torch.where(done, TARGET_X, distance)
         self.clock = torch.where(done, 0, clock)
         return self.reset(), reward.float().to(self.device), done.to(self.device), infos
+
+    def mirror(self, x: Tensor, kind: str) -> Tensor:
+        """The mirror images of rows x (n, ...) of "obs" or "actions", for recipes/mirror.patch."""
+        names = OBSERVATIONS if kind == "obs" else JOINTS
+        signs = [-1.0 if TURNED.search(name) else 1.0 for name in names]
+        others = [names.index(name.translate(OTHER_LEG)) for name in names]
+        return x[:, others] * x.new_tensor(signs)
 
     def get_env_state(self) -> Dict[str, Tensor]:
         """All that `step` and `reset` read. MuJoCo's solver starts anew in each step."""

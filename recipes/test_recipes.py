@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import harness
-from harness import ROOT, SMALL, differences, run, same_state
+from harness import ROOT, SMALL, differences, refused, run, same_state
 
 import train_ppo as unpatched
 from benchmarks import fidelity
@@ -128,6 +128,38 @@ def test_mirror_images_are_learned_from(patched, monkeypatch):
     assert differences(images, dict(expected, values=x[:, 0].repeat(2))) == []
     monkeypatch.setattr(train_ppo, "with_images", None)
     pytest.raises(TypeError, run, *SMALL, OWN, "--mirror-augment")
+
+
+def test_with_an_lstm_the_mirror_loss_starts_from_an_empty_memory(patched, monkeypatch):
+    train_ppo = patched("lstm", "mirror")
+    original = train_ppo.mirror_loss
+    seen = []
+
+    def mirror_loss(model, obs):
+        loss = original(model, obs)
+        empty = obs.new_zeros(len(obs) // 4, model.memory_size), torch.zeros(len(obs))
+        image, mean = model(-obs, *empty)[0], model(obs, *empty)[0]
+        seen.append((loss - (image + mean).square().sum(1).mean()).item())
+        return loss
+
+    monkeypatch.setattr(train_ppo, "mirror_loss", mirror_loss)
+    done = run(*SMALL, OWN, "--rnn-units=8", "--mirror-coef=1")
+    assert max(map(abs, seen)) < 1e-6 and done.state()["memory"].any()
+    assert "has no mirror image" in refused(*SMALL, OWN, "--rnn-units=8", "--mirror-augment")
+
+
+def test_mirrored_ants_stay_mirrored():
+    ants = pytest.importorskip("examples.mujoco_ant", reason="needs mujoco")
+    one, other = ants.MujocoAnt(16), ants.MujocoAnt(16)
+    for _ in range(20):
+        one.step(torch.rand(16, 8) * 2 - 1)
+    other.physics = one.physics.clone()
+    other.physics[:, [2, 5, 7, 17, 19, 21]] *= -1  # y; x and z of the quaternion; of velocity, spin
+    for joints in (slice(8, 16), slice(22, 30)):
+        other.physics[:, joints] = one.mirror(one.physics[:, joints], "actions")
+    actions = torch.rand(16, 8) * 2 - 1
+    seen, image = one.step(actions)[0], other.step(one.mirror(actions, "actions"))[0]
+    assert (one.mirror(seen["obs"], "obs") - image["obs"]).abs().max() < 1e-4
 
 
 def test_rnd_bonus_is_learned_from_and_not_logged(patched, monkeypatch):
