@@ -855,12 +855,12 @@ HARMLESS = "name full_experiment_name env_name multi_gpu print_stats player seq_
 
 
 def flatten(tree: Any, separator: str, prefix: str = "") -> Dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}, with the separator "."."""
+    """{"a": {"b": 1, "c": None}} -> {"a.b": 1}, with the separator "."."""
     flat = {}
     for key, value in tree.items():
         if hasattr(value, "items"):
             flat.update(flatten(value, separator, f"{prefix}{key}{separator}"))
-        else:
+        elif value is not None:
             flat[f"{prefix}{key}"] = value
     return flat
 
@@ -883,13 +883,13 @@ def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
         words = path.split(".")
         name = PLACES.get(path) or RL_GAMES_NAMES.get(words[-1], words[-1])
         requirement = ".".join(words[-2:])
-        if value is None:
-            continue
         if path in PLACES or (path == f"config.{words[-1]}" and name in passed_on("env_id")):
             settings[name] = value
-        elif requirement in required or "network" in words or "reward_shaper" in words:
-            # What is not listed must be off.
-            if value not in (required.get(requirement, False), "None"):
+        elif requirement in required:
+            if value != required[requirement]:
+                refused.append(f"{path} = {value}")
+        elif "network" in words or "reward_shaper" in words:
+            if value is not False and value != "None":
                 refused.append(f"{path} = {value}")
         elif words[0] in ("config", "central") and words[1] not in HARMLESS:
             unused.append(path.replace("config.", ""))

@@ -1,4 +1,4 @@
-"""Small tasks on which the recipes were measured: python train_ppo.py --env-id recipes.tasks:blind"""
+"""Tasks on which the recipes were measured: python train_ppo.py --env-id recipes.tasks:blind"""
 
 import torch
 
