@@ -3,19 +3,14 @@
     pip install "gymnasium[mujoco]"
     python train_ppo.py --env-id examples.gymnasium_env:HalfCheetah-v5
 
-Gymnasium steps its environments one after the other, in this process, on one core. That is quicker
-than processes of their own for tasks as small as MuJoCo's.
+It steps the environments one after the other: for MuJoCo's tasks quicker than in processes.
 """
 
 import functools
-from typing import Any, Dict
 
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
-from gymnasium.wrappers import TimeLimit
-from torch import Tensor
 
 # The trainer's arguments: CleanRL's for MuJoCo, for 32 environments instead of one.
 SETTINGS = dict(num_envs=32, num_steps=128, minibatch_size=512, update_epochs=5, max_epochs=250)
@@ -26,27 +21,28 @@ SETTINGS.update(kl_threshold=0.01, max_lr=1e-3, save_best_after=20, games_to_tra
 class GymnasiumEnv:
     """num_envs copies of a task. The step that ends an episode starts the next one, too."""
 
-    def __init__(self, task: str, num_envs: int, device: Any, seed: int):
-        options = dict(num_envs=num_envs, vectorization_mode="sync", render_mode="rgb_array")
-        options["vector_kwargs"] = dict(autoreset_mode=AutoresetMode.SAME_STEP)
-        self.env = gymnasium.make_vec(task, **options)
-        self.task, self.num_envs, self.device, self.seed = task, num_envs, device, seed
-        actions = self.env.single_action_space
-        self.low, self.high = actions.low, actions.high
+    def __init__(self, task: str, num_envs: int, device, seed: int):
+        options = dict(autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP)
+        self.env = gymnasium.make_vec(task, num_envs, "sync", vector_kwargs=options)
+        self.task, self.num_envs, self.seed = task, num_envs, seed
+        self.close = self.env.close
+        self.low, self.high = self.env.single_action_space.low, self.env.single_action_space.high
+        self.num_acts = self.low.size
         self.num_obs = int(np.prod(self.env.single_observation_space.shape))
-        self.num_acts = int(np.prod(actions.shape))
         self.max_episode_length = self.env.spec.max_episode_steps or 0
 
-    def reset(self) -> Dict[str, Tensor]:
-        obs = self.observe(self.env.reset(seed=self.seed)[0])
-        # The clocks of the first episodes differ, so that not all of them end in the same step.
-        for number, env in enumerate(self.env.envs):
-            while not isinstance(env, TimeLimit) and env is not env.unwrapped:
-                env = env.env
-            env._elapsed_steps = number * self.max_episode_length // self.num_envs
-        return obs
+    def reset(self) -> dict:
+        return self.observe(self.env.reset(seed=self.seed)[0])
 
-    def step(self, actions: Tensor):
+    def set_train_info(self, frame: int, algo) -> None:
+        """Before the first rollout, set the clocks apart, or all episodes end in the same step."""
+        if algo.epoch_num == algo.first_epoch + 1 and self.max_episode_length:
+            for number, env in enumerate(self.env.envs):
+                while not isinstance(env, gymnasium.wrappers.TimeLimit):
+                    env = env.env
+                env._elapsed_steps = number * self.max_episode_length // self.num_envs
+
+    def step(self, actions: torch.Tensor):
         """Actions (E, A) in [-1, 1], which are scaled to the task's own range."""
         unit = actions.cpu().numpy().reshape(self.env.action_space.shape)
         scaled = self.low + 0.5 * (unit + 1.0) * (self.high - self.low)
@@ -55,18 +51,16 @@ class GymnasiumEnv:
         done = torch.as_tensor(terminated | truncated)
         return self.observe(obs), torch.as_tensor(reward), done, infos
 
-    def observe(self, obs: np.ndarray) -> Dict[str, Tensor]:
+    def observe(self, obs: np.ndarray) -> dict:
         return {"obs": torch.as_tensor(obs, dtype=torch.float32).view(self.num_envs, -1)}
 
     def render(self, mode: str = "rgb_array") -> np.ndarray:
-        return self.env.envs[0].render()
+        first = self.env.envs[0]
+        first.unwrapped.render_mode = mode  # not before, as not every task can be drawn
+        return first.render()
 
-    def policy_metadata(self) -> Dict[str, Any]:
-        """The task, and what actions of -1 and 1 mean."""
+    def policy_metadata(self) -> dict:
         return dict(task=self.task, low=self.low.tolist(), high=self.high.tolist())
-
-    def close(self) -> None:
-        self.env.close()
 
 
 def __getattr__(task: str):
