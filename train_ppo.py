@@ -895,7 +895,7 @@ def settings_from_yaml(params: Dict[str, Any], task: str) -> Dict[str, Any]:
             unused.append(path.replace("config.", ""))
     if refused:
         what = f"{task} cannot be trained: its settings ask for {', '.join(refused)}"
-        raise UserError(f"{what}; apply recipes/lstm.patch" if "rnn.name" in what else what)
+        raise UserError(f"{what}; apply recipes/lstm.patch" if "rnn.name = lstm" in what else what)
     if unused:
         log(f"settings of {task} that are not used here: {', '.join(unused)}")
     return settings

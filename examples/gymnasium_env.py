@@ -1,6 +1,6 @@
 """Any Gymnasium task whose observations and actions are boxes of numbers.
 
-    pip install "gymnasium[mujoco]"
+    pip install "gymnasium[mujoco]>=1.1"
     python train_ppo.py --env-id examples.gymnasium_env:HalfCheetah-v5
 
 It steps the environments one after the other: for MuJoCo's tasks quicker than in processes.
@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 import torch
 
-# The trainer's arguments: CleanRL's for MuJoCo, for 32 environments instead of one.
+# The trainer's arguments: CleanRL's network for MuJoCo and its million steps, in 32 environments.
 SETTINGS = dict(num_envs=32, num_steps=128, minibatch_size=512, update_epochs=5, max_epochs=250)
 SETTINGS.update(units=(64, 64), activation="tanh", separate=True, reward_scale=1.0, vf_coef=1.0)
 SETTINGS.update(kl_threshold=0.01, max_lr=1e-3, save_best_after=20, games_to_track=32)
@@ -23,16 +23,24 @@ class GymnasiumEnv:
 
     def __init__(self, task: str, num_envs: int, device, seed: int):
         options = dict(autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP)
-        self.env = gymnasium.make_vec(task, num_envs, "sync", vector_kwargs=options)
+        try:
+            self.env = gymnasium.make_vec(task, num_envs, "sync", vector_kwargs=options)
+        except gymnasium.error.Error as exc:
+            raise SystemExit(f"error: {task}: {exc}") from exc
         self.task, self.num_envs, self.seed = task, num_envs, seed
         self.close = self.env.close
-        self.low, self.high = self.env.single_action_space.low, self.env.single_action_space.high
-        self.num_acts = self.low.size
-        self.num_obs = int(np.prod(self.env.single_observation_space.shape))
+        obs, actions = self.env.single_observation_space, self.env.single_action_space
+        boxes = all(type(x) is gymnasium.spaces.Box and len(x.shape) == 1 for x in (obs, actions))
+        if not boxes or not np.isfinite(actions.high - actions.low).all():
+            raise SystemExit(f"error: {task} has {obs} and {actions}: vectors, finite actions only")
+        self.low, self.high = actions.low, actions.high
+        self.num_obs, self.num_acts = obs.shape[0], actions.shape[0]
         self.max_episode_length = self.env.spec.max_episode_steps or 0
 
     def reset(self) -> dict:
-        return self.observe(self.env.reset(seed=self.seed)[0])
+        # The seeds n, n + 1 ... would be those of other processes, too.
+        seeds = np.random.SeedSequence(self.seed).generate_state(self.num_envs).tolist()
+        return self.observe(self.env.reset(seed=seeds)[0])
 
     def set_train_info(self, frame: int, algo) -> None:
         """Before the first rollout, set the clocks apart, or all episodes end in the same step."""
@@ -44,7 +52,7 @@ class GymnasiumEnv:
 
     def step(self, actions: torch.Tensor):
         """Actions (E, A) in [-1, 1], which are scaled to the task's own range."""
-        unit = actions.cpu().numpy().reshape(self.env.action_space.shape)
+        unit = actions.cpu().numpy()
         scaled = self.low + 0.5 * (unit + 1.0) * (self.high - self.low)
         obs, reward, terminated, truncated, _ = self.env.step(scaled)
         infos = {"time_outs": torch.as_tensor(truncated & ~terminated)}
@@ -52,7 +60,7 @@ class GymnasiumEnv:
         return self.observe(obs), torch.as_tensor(reward), done, infos
 
     def observe(self, obs: np.ndarray) -> dict:
-        return {"obs": torch.as_tensor(obs, dtype=torch.float32).view(self.num_envs, -1)}
+        return {"obs": torch.as_tensor(obs, dtype=torch.float32)}
 
     def render(self, mode: str = "rgb_array") -> np.ndarray:
         first = self.env.envs[0]
@@ -65,6 +73,6 @@ class GymnasiumEnv:
 
 def __getattr__(task: str):
     """The factory of a task, for --env-id examples.gymnasium_env:TASK."""
-    if task.startswith("__"):
+    if task.startswith("_"):
         raise AttributeError(task)
     return functools.partial(GymnasiumEnv, task)

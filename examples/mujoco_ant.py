@@ -201,7 +201,7 @@ class MujocoAnt:
 
     def mirror(self, x: Tensor, kind: str) -> Tensor:
         """The mirror images of rows x (n, ...) of "obs" or "actions", for recipes/mirror.patch."""
-        names = OBSERVATIONS if kind == "obs" else JOINTS
+        names = {"obs": OBSERVATIONS, "actions": JOINTS}[kind]
         signs = [-1.0 if TURNED.search(name) else 1.0 for name in names]
         others = [names.index(name.translate(OTHER_LEG)) for name in names]
         return x[:, others] * x.new_tensor(signs)

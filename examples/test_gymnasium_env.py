@@ -26,6 +26,18 @@ class Count(gymnasium.Env):
         return np.full(1, self.t, np.float32), float(action[0]), ended, False, {}
 
 
+@pytest.mark.parametrize(
+    "space", ["Discrete(3)", "Box(-np.inf, np.inf, (2,))", "Box(0, 1, (2, 2))"]
+)
+def test_other_spaces_and_names_are_refused(space, monkeypatch):
+    space = eval(space, vars(gymnasium.spaces), dict(np=np))
+    gymnasium.register("Odd-v0", Count)
+    monkeypatch.setattr(Count, "action_space", space)
+    for task, why in (("Odd-v0", "vectors"), ("NoSuchTask-v0", "NoSuchTask")):
+        with pytest.raises(SystemExit, match=f"error: {task}.*{why}"):
+            getattr(gymnasium_env, task)(num_envs=2, device="cpu", seed=0)
+
+
 def test_scaled_actions_ends_and_clocks():
     gymnasium.register("Count-v0", Count, max_episode_steps=4)
     env = getattr(gymnasium_env, "Count-v0")(num_envs=2, device="cpu", seed=0)

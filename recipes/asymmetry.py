@@ -5,10 +5,12 @@
 128 ants play 1,000 steps by the mean actions of last.pth. `policy` is the distance between the
 action in a mirror image and the image of the action, as a part of their length; `gait` compares
 how far a joint and its counterpart swing (standard deviations), from step 200 on. 0 is alike.
+Not for a policy with an LSTM.
 """
 
 import os
 import sys
+from dataclasses import fields
 
 import torch
 
@@ -22,7 +24,8 @@ def main(run_dir: str) -> None:
     torch.manual_seed(0)
     state = train_ppo.load_checkpoint(os.path.join(run_dir, "nn", "last.pth"))
     env = MujocoAnt(128)
-    args = train_ppo.Args(**state["args"])
+    known = [field.name for field in fields(train_ppo.Args)]  # not the flags of a recipe
+    args = train_ppo.Args(**{key: x for key, x in state["args"].items() if key in known})
     model = train_ppo.ActorCritic(env.num_obs, env.num_acts, args)
     model.load_state_dict(state["model"])
 

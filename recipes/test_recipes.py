@@ -131,21 +131,27 @@ def test_mirror_images_are_learned_from(patched, monkeypatch):
 
 
 def test_with_an_lstm_the_mirror_loss_starts_from_an_empty_memory(patched, monkeypatch):
-    train_ppo = patched("lstm", "mirror")
+    train_ppo, errors = patched("lstm", "mirror"), []
     original = train_ppo.mirror_loss
-    seen = []
 
-    def mirror_loss(model, obs):
-        loss = original(model, obs)
-        empty = obs.new_zeros(len(obs) // 4, model.memory_size), torch.zeros(len(obs))
-        image, mean = model(-obs, *empty)[0], model(obs, *empty)[0]
-        seen.append((loss - (image + mean).square().sum(1).mean()).item())
-        return loss
+    def mirror_loss(model, batch):
+        obs, empty = batch["obs"], torch.zeros_like(batch["memory"])
+        sums = model(-obs, empty, batch["starts"])[0] + model(obs, empty, batch["starts"])[0]
+        errors.append(float(original(model, batch) - sums.square().sum(1).mean()))
+        return original(model, batch)
 
     monkeypatch.setattr(train_ppo, "mirror_loss", mirror_loss)
     done = run(*SMALL, OWN, "--rnn-units=8", "--mirror-coef=1")
-    assert max(map(abs, seen)) < 1e-6 and done.state()["memory"].any()
+    assert max(map(abs, errors)) < 1e-6 and done.state()["memory"].any()
     assert "has no mirror image" in refused(*SMALL, OWN, "--rnn-units=8", "--mirror-augment")
+
+
+def test_a_mirror_that_is_none_is_refused(patched, monkeypatch):
+    patched("mirror")
+    monkeypatch.setattr(Cartpole, "mirror", lambda self, x, kind: 1.0 - 2.0 * x)
+    assert "mirror(mirror(x, 'obs'), 'obs') of the env is not x" in refused(
+        *SMALL, OWN, "--mirror-coef=1"
+    )
 
 
 def test_mirrored_ants_stay_mirrored():
