@@ -44,6 +44,11 @@ OBSERVATIONS += [f"previous_action_{joint}" for joint in JOINTS]
 # change places, as do 2 and 3.
 TURNED = re.compile("velocity_y|spin_[xz]|yaw|roll|angle_to_target|hip|force_y|torque_[xz]")
 OTHER_LEG = str.maketrans("1234", "4321")
+MIRROR = {}  # kind -> for each number the one in its place, and its sign
+for kind, names in dict(obs=OBSERVATIONS, actions=JOINTS).items():
+    others = torch.tensor([names.index(name.translate(OTHER_LEG)) for name in names])
+    signs = torch.tensor([-1.0 if TURNED.search(name) else 1.0 for name in names])
+    MIRROR[kind] = (others, signs)
 
 # Two geoms collide if the contype of one meets the conaffinity of the other: an ant touches the
 # floor, but not itself, as in the original.
@@ -201,10 +206,8 @@ class MujocoAnt:
 
     def mirror(self, x: Tensor, kind: str) -> Tensor:
         """The mirror images of rows x (n, ...) of "obs" or "actions", for recipes/mirror.patch."""
-        names = {"obs": OBSERVATIONS, "actions": JOINTS}[kind]
-        signs = [-1.0 if TURNED.search(name) else 1.0 for name in names]
-        others = [names.index(name.translate(OTHER_LEG)) for name in names]
-        return x[:, others] * x.new_tensor(signs)
+        others, signs = MIRROR[kind]
+        return x[:, others.to(x.device)] * signs.to(x)
 
     def get_env_state(self) -> Dict[str, Tensor]:
         """All that `step` and `reset` read. MuJoCo's solver starts anew in each step."""

@@ -22,12 +22,13 @@ from examples.mujoco_ant import MujocoAnt
 @torch.no_grad()
 def main(run_dir: str) -> None:
     torch.manual_seed(0)
-    state = train_ppo.load_checkpoint(os.path.join(run_dir, "nn", "last.pth"))
+    path = os.path.join(run_dir, "nn", "last.pth")
+    state = train_ppo.load_checkpoint(path)
     env = MujocoAnt(128)
     known = [field.name for field in fields(train_ppo.Args)]  # not the flags of a recipe
     args = train_ppo.Args(**{key: x for key, x in state["args"].items() if key in known})
     model = train_ppo.ActorCritic(env.num_obs, env.num_acts, args)
-    model.load_state_dict(state["model"])
+    train_ppo.load_weights(model, state, path)
 
     obs, angles, distance, size = env.reset()["obs"], [], 0.0, 0.0
     returns, alive = torch.zeros(128), torch.ones(128, dtype=torch.bool)

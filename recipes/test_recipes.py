@@ -134,11 +134,11 @@ def test_with_an_lstm_the_mirror_loss_starts_from_an_empty_memory(patched, monke
     train_ppo, errors = patched("lstm", "mirror"), []
     original = train_ppo.mirror_loss
 
-    def mirror_loss(model, batch):
+    def mirror_loss(model, batch, mu):
         obs, empty = batch["obs"], torch.zeros_like(batch["memory"])
         sums = model(-obs, empty, batch["starts"])[0] + model(obs, empty, batch["starts"])[0]
-        errors.append(float(original(model, batch) - sums.square().sum(1).mean()))
-        return original(model, batch)
+        errors.append(float(original(model, batch, mu) - sums.square().sum(1).mean()))
+        return original(model, batch, mu)
 
     monkeypatch.setattr(train_ppo, "mirror_loss", mirror_loss)
     done = run(*SMALL, OWN, "--rnn-units=8", "--mirror-coef=1")
