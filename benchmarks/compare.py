@@ -36,18 +36,19 @@ import time
 
 # `run` sets it, just before it starts this process.
 STARTED = float(os.environ.get("COMPARE_STARTED") or time.time())
+TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # The process that starts the others stays small, because Linux counts a parent's memory in its
 # child's peak.
 if "--one" in sys.argv:
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    sys.path.insert(0, TOP)
     import torch
 
-    began = time.time()
+    began = time.time(), time.process_time()
     import train_ppo
 
     # The others take only Cartpole and the settings from train_ppo: importing it is not on their
-    # clock.
-    BORROWED = time.time() - began
+    # clocks.
+    BORROWED = time.time() - began[0], time.process_time() - began[1]
 
 EPOCHS = {"cartpole": 100, "ant": 23, "mujoco-ant": 300}
 TARGETS = {"cartpole": 470.0, "ant": math.inf, "mujoco-ant": 3000.0}  # mean return
@@ -126,7 +127,8 @@ class Meter:
             self.returns.append(round(float(self.window.mean()), 1) if len(self.window) else None)
             solved = len(self.window) == 256 and self.window.mean() >= self.target
             if solved and self.solved is None:
-                self.solved = (time.time(), self.steps * self.num_envs)
+                seconds = time.time() - STARTED, time.process_time()
+                self.solved = (*seconds, self.steps * self.num_envs)
         return obs, reward, done, infos
 
 
@@ -391,6 +393,18 @@ def peak_mb():
     return peak / 1024**2 if sys.platform == "darwin" else peak / 1024
 
 
+def versions(name):
+    """What was run: the trainer's package (of ours the git commit), torch, mujoco where it is."""
+    found = {"python": platform.python_version()}
+    for package in (TRAINERS[name][1], "torch", "mujoco"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    if name.startswith("train_ppo"):
+        command = ["git", "-C", TOP, "describe", "--always", "--dirty"]
+        found["train_ppo"] = subprocess.check_output(command, text=True).strip()
+    return found
+
+
 def one(name, which, threads, epochs, seed):
     """Train in this process; returns what was measured."""
     torch.set_num_threads(threads)
@@ -415,7 +429,9 @@ def one(name, which, threads, epochs, seed):
         end = time.time()
     assert env.steps == epochs * args.num_steps, f"{env.steps} steps were taken"
     steps = (epochs - WARM_UP) * args.num_steps * env.num_envs
-    started = STARTED if name.startswith("train_ppo") else STARTED + BORROWED
+    seconds, cpu_seconds, env_steps = env.solved or (None, None, None)
+    if seconds and not name.startswith("train_ppo"):
+        seconds, cpu_seconds = seconds - BORROWED[0], cpu_seconds - BORROWED[1]
     return {
         "trainer": name,
         "env": which,
@@ -423,10 +439,12 @@ def one(name, which, threads, epochs, seed):
         "seed": seed,
         "env_steps": env.steps * env.num_envs,
         "env_steps_per_second": steps / (end - env.rollouts[WARM_UP]),
-        "seconds_to_target": env.solved and env.solved[0] - started,
-        "env_steps_to_target": env.solved and env.solved[1],
+        "seconds_to_target": seconds,
+        "cpu_seconds_to_target": cpu_seconds,  # of all threads
+        "env_steps_to_target": env_steps,
         "peak_mb": peak_mb(),
-        # Of the last 256 episodes, after each epoch; for pictures.py.
+        "versions": versions(name),
+        # Of the last 256 episodes, after each epoch.
         "returns": env.returns,
     }
 
@@ -439,7 +457,6 @@ def run(name, which, threads, epochs, seed):
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} failed on {which}:\n{done.stderr[-3000:]}")
-    print(done.stdout.strip(), file=sys.stderr, flush=True)
     return json.loads(done.stdout)
 
 
@@ -461,7 +478,8 @@ def table(results, names, which):
         row = [name, f"{rate / 1000:.0f}k ({rate / ours:.2f})", f"{median(runs, 'peak_mb'):.0f}"]
         if math.isfinite(target):
             seconds, env_steps = (median(runs, f"{x}_to_target") for x in ("seconds", "env_steps"))
-            row += [f"{seconds:.1f}", f"{env_steps / 1000:.0f}k"]
+            reached = math.isfinite(seconds)
+            row += [f"{seconds:.1f}", f"{env_steps / 1000:.0f}k"] if reached else ["-", "-"]
             solved = sum(run["env_steps_to_target"] is not None for run in runs)
             row[-1] += f" ({solved} of {len(runs)} runs)" if solved < len(runs) else ""
         rows.append(row)
@@ -472,8 +490,7 @@ def describe_machine():
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, IndexError), open("/proc/cpuinfo") as file:
         model = file.read().split("model name\t: ")[1].split("\n")[0]
-    python = platform.python_version()
-    return f"{model}, {os.cpu_count()} cores, {platform.system()}, Python {python}"
+    return f"{model}, {os.cpu_count()} cores, {platform.system()}"
 
 
 def main():
@@ -485,6 +502,8 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of each trainer")
     parser.add_argument("--epochs", type=int, help=f"instead of {EPOCHS}; more than {WARM_UP}")
+    out = os.path.join(tempfile.gettempdir(), "compare.jsonl")
+    parser.add_argument("--out", default=out, help=f"each run's JSON, a line each ({out})")
     parser.add_argument("--one", choices=TRAINERS, help="one training run in this process")
     parser.add_argument("--seed", type=int, default=1, help="of --one; else the round is the seed")
     options = parser.parse_args()
@@ -496,22 +515,27 @@ def main():
         print(json.dumps(one(options.one, *job, options.seed)))
         return
 
-    versions, names = {}, []
+    names = []
     for name in options.trainers:
-        package = TRAINERS[name][1]
         try:
-            versions[package] = importlib.metadata.version(package)
+            importlib.metadata.version(TRAINERS[name][1])
             names.append(name)
         except importlib.metadata.PackageNotFoundError:
-            print(f"{name} is left out: {package} is not installed", file=sys.stderr)
+            print(f"{name} is left out: {TRAINERS[name][1]} is not installed", file=sys.stderr)
     results = {name: [] for name in names}
-    for i in range(options.repeats):
-        for name in names[::-1] if i % 2 else names:
-            results[name].append(run(name, *job, i + 1))
+    found = {}
+    with open(options.out, "w") as file:
+        for i in range(options.repeats):
+            for name in names[::-1] if i % 2 else names:
+                result = run(name, *job, i + 1)
+                print(json.dumps(result), file=file, flush=True)
+                print(f"round {i + 1} of {options.repeats}: {name}", file=sys.stderr)
+                results[name].append(result)
+                found.update(result["versions"])
     print(table(results, names, which), end="\n\n")
     what = f"{options.threads} thread{'s' if options.threads > 1 else ''}"
     print(f"Medians of {options.repeats} runs, {what}; in brackets relative to {names[0]}.")
-    packages = ", ".join(f"{package} {version}" for package, version in versions.items())
+    packages = ", ".join(f"{package} {version}" for package, version in found.items())
     print(f"{describe_machine()}; {packages}.")
 
 
