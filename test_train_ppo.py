@@ -119,7 +119,7 @@ def test_tensorboard_has_rl_games_tags_over_the_right_steps(default_run):
 
 def test_printed_continue_command_works(here, monkeypatch):
     """Also where a name must be quoted, and with an environment that must be named again."""
-    monkeypatch.setattr(sys, "argv", [SCRIPT])
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", SCRIPT, raising=False)
     done = run(*SMALL, "--experiment=my run", env={})
     assert "\nfiles     'runs/my run'\n" in done.out
     python, script, *flags = shlex.split(re.search("^continue  (.*)$", done.out, re.M).group(1))

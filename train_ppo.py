@@ -29,6 +29,7 @@ Shapes: T = num_steps, E = num_envs, N = T * E, O = num_obs, A = num_acts; S = n
 """
 
 import contextlib
+import copy
 import ctypes
 import errno
 import functools
@@ -531,6 +532,8 @@ class PPOAgent:
         self.mean_rewards = -math.inf  # of about the last games_to_track episodes
         self.best_score = -math.inf  # what best.pth has
         self.best_epoch = 0
+        self.best: Optional[Dict[str, Any]] = None  # what best.pth will have: it waits for a second
+        self.save_time = -math.inf  # when a file was last saved
         self.stop_signal = 0  # the number of the signal that asked to stop after this epoch
         self.policy_metadata = getattr(env, "policy_metadata", dict)()
 
@@ -1210,7 +1213,7 @@ class MultiObserver:
 
 # CHECKPOINTS ======================================================================================
 # runs/<experiment>/nn/epoch_<N>.pth   every save_frequency epochs
-#                      best.pth        at each new highest score, once enough episodes have ended
+#                      best.pth        of each new highest score, once enough episodes have ended
 #                      last.pth        with each epoch_<N>.pth, and whenever the run ends
 #
 # No file is ever half written. Errors are raised, and cost the epochs since the last save; an error
@@ -1315,32 +1318,38 @@ def save_checkpoints(agent: PPOAgent, score: float, finished: float) -> None:
     fair = steps >= agent.max_episode_length and finished >= args.games_to_track
     if fair and epoch >= args.save_best_after and score > agent.best_score:
         agent.best_score, agent.best_epoch = score, epoch
-        save(agent, "best.pth")
+        agent.best = copy.deepcopy(agent_state(agent))
     if args.save_frequency and epoch % args.save_frequency == 0:
-        save(agent, f"epoch_{epoch}.pth")
-        save(agent, "last.pth")
+        save(agent, f"epoch_{epoch}.pth", "last.pth")
+    elif agent.best is not None and time.monotonic() > agent.save_time + 1.0:
+        save(agent)
 
 
-def save(agent: PPOAgent, name: str, mid_rollout: bool = False) -> None:
-    """Save, in rank 0, so that the file of this name is always whole, even after a power cut."""
+def save(agent: PPOAgent, *names: str, mid_rollout: bool = False) -> None:
+    """Save, in rank 0, files of these names, and before them best.pth if it waits. Each file is
+    always whole, even after a power cut."""
     if RANK != 0:
         return
     with contextlib.suppress(OSError):
         agent.writer.flush()  # the curve on disk is never behind the checkpoint
-    serialised = io.BytesIO()  # torch.save to a file reports a full disk without a reason
-    torch.save(agent_state(agent, mid_rollout), serialised)
+    states = {"best.pth": agent.best} if agent.best is not None else {}
+    states.update({name: agent_state(agent, mid_rollout) for name in names})
     folder = os.path.join(agent.config["run_dir"], "nn")
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, "saving.tmp")
-    with open(temporary, "wb") as file:
-        file.write(serialised.getbuffer())
-        file.flush()
-        sync(file.fileno())
-    os.replace(temporary, os.path.join(folder, name))
-    if os.name == "posix":  # the new name must be on disk, too
-        descriptor = os.open(folder, os.O_RDONLY)
-        sync(descriptor)
-        os.close(descriptor)
+    for name, state in states.items():
+        serialised = io.BytesIO()  # torch.save to a file reports a full disk without a reason
+        torch.save(state, serialised)
+        with open(temporary, "wb") as file:
+            file.write(serialised.getbuffer())
+            file.flush()
+            sync(file.fileno())
+        os.replace(temporary, os.path.join(folder, name))
+        if os.name == "posix":  # the new name must be on disk, too
+            descriptor = os.open(folder, os.O_RDONLY)
+            sync(descriptor)
+            os.close(descriptor)
+    agent.best, agent.save_time = None, time.monotonic()
 
 
 def sync(descriptor: int) -> None:

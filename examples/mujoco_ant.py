@@ -1,22 +1,21 @@
-"""IsaacGymEnvs' Ant on the CPU, simulated by MuJoCo: a model of how to write a batched environment.
+"""IsaacGymEnvs' Ant on the CPU, simulated by MuJoCo.
 
     pip install "mujoco>=3.3"
     python train_ppo.py --env-id examples.mujoco_ant:make_env
 
-An ant with eight joints learns to run to a target 1 km away. MuJoCo steps all ants in threads of
-its own: one for each core, or as many as the environment variable ANT_THREADS says. Torch computes
-all observations and rewards at once, so there is no Python loop over environments.
+An ant with eight joints learns to run to a target 1 km away. mujoco_robot.py simulates it; what is
+here makes an Ant of that robot: its body, and its observations and rewards.
 """
 
 import math
-import os
 import re
 from typing import Any, Dict, Tuple
 
 import mujoco
 import torch
-from mujoco.rollout import Rollout
 from torch import Tensor
+
+from examples.mujoco_robot import MujocoRobot, add_scene, body_axes
 
 # The trainer's arguments: those of IsaacGymEnvs' AntPPO.yaml, but with a quarter of the
 # environments and of the minibatch size, and 300 epochs instead of 500.
@@ -29,7 +28,6 @@ SUBSTEPS = 2  # simulation steps in that time
 GEAR = 15.0  # torque of an action of 1, in N m
 FALLEN = 0.31  # an ant whose torso's centre is lower than this [m] has fallen
 TARGET_X = 1000.0  # the target is on the x axis, this many metres from the start
-STATE = mujoco.mjtState.mjSTATE_FULLPHYSICS  # 30 numbers: time, 15 positions, 14 velocities
 
 LEGS = (1, 2, 3, 4)
 JOINTS = [f"{joint}_{leg}" for leg in LEGS for joint in ("hip", "ankle")]
@@ -50,25 +48,16 @@ for kind, names in dict(obs=OBSERVATIONS, actions=JOINTS).items():
     signs = torch.tensor([-1.0 if TURNED.search(name) else 1.0 for name in names])
     MIRROR[kind] = (others, signs)
 
-# Two geoms collide if the contype of one meets the conaffinity of the other: an ant touches the
-# floor, but not itself, as in the original.
 MODEL = """<mujoco>
   <option timestep="{timestep}" iterations="10" ls_iterations="10"/>
   <default>
     <joint limited="true" armature="0.01" damping="0.1"/>
-    <geom type="capsule" size="0.08" density="5" contype="0" conaffinity="1" rgba="0.9 0.4 0.1 1"/>
+    <geom type="capsule" size="0.08" density="5" rgba="0.9 0.4 0.1 1"/>
   </default>
-  <asset>
-    <texture type="skybox" builtin="flat" width="8" height="8" rgb1="0.7 0.85 1"/>
-    <texture name="checks" type="2d" builtin="checker" width="64" height="64" rgb1="1 1 1"/>
-    <material name="checks" texture="checks" texuniform="true"/>
-  </asset>
   <worldbody>
-    <geom type="plane" size="0 0 1" contype="1" material="checks" rgba="0.8 0.8 0.8 1"/>
-    <light directional="true" dir="0.3 0.3 -1"/>
     <body name="torso" pos="0 0 0.44">
-      <camera name="follow" mode="trackcom" pos="0 -3 1.3" xyaxes="1 0 0 0 0.4 1"/>
       <freejoint/>
+      <light pos="0 0 3" mode="trackcom"/>
       <geom type="sphere" size="0.25"/>{legs}
     </body>
   </worldbody>
@@ -100,19 +89,18 @@ def make_model() -> mujoco.MjModel:
     motors = "".join(f'<motor joint="{joint}" gear="{GEAR}"/>' for joint in JOINTS)
     sensors = "".join(f'<force site="foot_{leg}"/><torque site="foot_{leg}"/>' for leg in LEGS)
     parts = dict(timestep=DT / SUBSTEPS, legs=legs, motors=motors, sensors=sensors)
-    return mujoco.MjModel.from_xml_string(MODEL.format(**parts))
+    spec = mujoco.MjSpec.from_string(MODEL.format(**parts))
+    add_scene(spec)
+    return spec.compile()
 
 
 def observe(physics: Tensor, sensors: Tensor, actions: Tensor, limits: Tensor) -> Tensor:
-    """Physics (E, 30), foot sensors (E, 24), actions (E, 8), limits (8, 2) -> (E, 60) float64."""
+    """Physics (E, 30), foot sensors (E, 24), actions (E, 8), limits (8, 2) -> (E, 60) float64.
+    Physics is the time, 15 positions and 14 velocities."""
     x, y, height = physics[:, 1:4].unbind(1)
     joints, velocity, spin, joint_velocity = physics[:, 8:].split((8, 3, 3, 8), dim=1)
 
-    # Rotate the three unit vectors by the torso's quaternion (w, v): e + 2w (v x e) + 2v x (v x e).
-    w, v = physics[:, None, 4:5], physics[:, None, 5:8]
-    unit = torch.eye(3, dtype=torch.float64).unsqueeze(0)
-    twice = 2.0 * torch.linalg.cross(v, unit)
-    axes = unit + w * twice + torch.linalg.cross(v, twice)  # (E, 3, 3), rows: forward, left, up
+    axes = body_axes(physics[:, 4:8])  # (E, 3, 3), rows: forward, left, up
     velocity = (axes @ velocity.unsqueeze(2)).squeeze(2)  # along these axes, as the spin already is
 
     yaw = torch.atan2(axes[:, 0, 1], axes[:, 0, 0])
@@ -138,109 +126,52 @@ def compute_reward(obs: Tensor, progress: Tensor) -> Tensor:
     return torch.where(obs[:, 0] < FALLEN, -2.0, reward)
 
 
-class MujocoAnt:
-    """E = num_envs ants, simulated on the CPU; observations and rewards go to `device`.
+class MujocoAnt(MujocoRobot):
+    """E = num_envs ants."""
 
-    The step that ends an episode starts the next one too: the observation returned with done=True
-    is the first of the new episode, while reward and infos belong to the old one.
-    """
-
-    num_obs, num_acts, max_episode_length, clip_obs = 60, 8, 1000, 5.0
-    exact_state = True  # get_env_state() returns all that later steps depend on
+    num_obs, num_acts, clip_obs = 60, 8, 5.0
+    substeps = SUBSTEPS
+    view = dict(distance=3.3, azimuth=90.0, elevation=-20.0)
 
     def __init__(self, num_envs: int, device: Any = "cpu"):
-        self.num_envs, self.device, self.renderer = num_envs, device, None
-        self.model = make_model()
-        self.limits = torch.tensor(self.model.jnt_range[1:])  # row 0 is the torso's free joint
-        threads = int(os.environ.get("ANT_THREADS", os.cpu_count() or 1))
-        self.pool = Rollout(nthread=threads)
-        self.datas = [mujoco.MjData(self.model) for _ in range(threads)]
+        model = make_model()
+        self.limits = torch.tensor(model.jnt_range[1:])  # row 0 is the torso's free joint
+        super().__init__([model], num_envs, device)
 
-        # The state. A step puts new tensors here and never writes into those of an earlier step.
-        self.physics, self.obs = self._new_episodes(num_envs)  # (E, 30), (E, 60)
-        self.distance = torch.full((num_envs,), TARGET_X).double()  # to the target, in m
-        self.clock = torch.zeros(num_envs, dtype=torch.long)  # steps of the episode so far
-
-    def _new_episodes(self, count: int) -> Tuple[Tensor, Tensor]:
-        """The start pose with noise on the joints: physics (count, 30), observations (count, 60).
-
-        The noise comes from torch's global generator, so the trainer's seed decides it.
-        """
+    def new_episodes(self, count: int) -> Dict[str, Tensor]:
+        """The start pose with noise on the joints. The feet are in the air."""
+        state = self.at_rest(count)
         low, high = self.limits.unbind(1)
         noise = 2.0 * torch.rand(count, 16).double() - 1.0
         rest = torch.zeros_like(low).clamp(low, high)  # the allowed angles that are closest to 0
-        physics = torch.zeros(count, 30).double()
-        physics[:, 1:16] = torch.tensor(self.model.qpos0)
-        physics[:, 8:16] = (rest + 0.2 * noise[:, :8]).clamp(low, high)
-        physics[:, 22:30] = 0.1 * noise[:, 8:]
-        zeros = torch.zeros(count, 24).double()  # the feet are in the air, no action was taken
-        return physics, observe(physics, zeros, zeros[:, :8], self.limits)
+        state["physics"][:, 8:16] = (rest + 0.2 * noise[:, :8]).clamp(low, high)
+        state["physics"][:, 22:30] = 0.1 * noise[:, 8:]
+        return state
 
-    def reset(self) -> Dict[str, Tensor]:
-        """The current observation (E, 60). It resets nothing: `step` does so when it is due."""
-        return {"obs": self.obs.clamp(-self.clip_obs, self.clip_obs).float().to(self.device)}
+    def controls(self) -> Tensor:
+        return self.actions
 
-    def step(self, actions: Tensor) -> Tuple[Dict[str, Tensor], Tensor, Tensor, Dict[str, Any]]:
-        """Actions (E, 8) in [-1, 1] -> observations (E, 60), reward (E,), done (E,), infos."""
-        actions = actions.detach().cpu().double().clamp(-1.0, 1.0)
-        before, torques = self.physics.numpy(), actions.unsqueeze(1).numpy()
-        states, sensors = self.pool.rollout(self.model, self.datas, before, torques, nstep=SUBSTEPS)
-        physics = torch.from_numpy(states[:, -1].copy())  # after the last of the substeps
-        obs = observe(physics, torch.from_numpy(sensors[:, -1]), actions, self.limits)
+    def observe(self) -> Dict[str, Tensor]:
+        obs = observe(self.physics, self.sensors, self.actions, self.limits)
+        return {"obs": obs.clamp(-self.clip_obs, self.clip_obs)}
 
-        distance = torch.hypot(TARGET_X - physics[:, 1], physics[:, 2])
-        reward = compute_reward(obs, progress=(self.distance - distance) / DT)
-        clock = self.clock + 1
-        fell = obs[:, 0] < FALLEN
-        time_outs = (clock >= self.max_episode_length) & ~fell
-        done = fell | time_outs
-
-        infos: Dict[str, Any] = {"time_outs": time_outs.to(self.device)}
-        if done.any():
-            infos["episode"] = {"metres": physics[done, 1].float(), "falls": fell[done].float()}
-            physics[done], obs[done] = self._new_episodes(int(done.sum()))
-        self.physics, self.obs = physics, obs
-        self.distance = torch.where(done, TARGET_X, distance)
-        self.clock = torch.where(done, 0, clock)
-        return self.reset(), reward.float().to(self.device), done.to(self.device), infos
+    def judge(self, before: Dict[str, Tensor]) -> Tuple[Tensor, Tensor, Dict[str, Any]]:
+        obs = observe(self.physics, self.sensors, self.actions, self.limits)
+        distances = []  # to the target, in m
+        for physics in (before["physics"], self.physics):
+            distances.append(torch.hypot(TARGET_X - physics[:, 1], physics[:, 2]))
+        reward = compute_reward(obs, progress=(distances[0] - distances[1]) / self.dt)
+        return reward, obs[:, 0] < FALLEN, {"episode": {"metres": self.physics[:, 1]}}
 
     def mirror(self, x: Tensor, kind: str) -> Tensor:
         """The mirror images of rows x (n, ...) of "obs" or "actions", for recipes/mirror.patch."""
         others, signs = MIRROR[kind]
         return x[:, others.to(x.device)] * signs.to(x)
 
-    def get_env_state(self) -> Dict[str, Tensor]:
-        """All that `step` and `reset` read. MuJoCo's solver starts anew in each step."""
-        return {name: getattr(self, name) for name in ("physics", "obs", "distance", "clock")}
-
-    def set_env_state(self, state: Dict[str, Tensor]) -> None:
-        """Continue exactly where `get_env_state` was called."""
-        for name, value in state.items():
-            setattr(self, name, value.cpu())
-
     def policy_metadata(self) -> Dict[str, Any]:
         """What one must know to run a policy outside this file, apart from its weights."""
         names = {"observation_names": OBSERVATIONS, "action_names": JOINTS, "joint_names": JOINTS}
-        return {**names, "torque_per_action_nm": GEAR, "control_hz": round(1 / DT, 6)}
-
-    def render(self, mode: str = "rgb_array"):
-        """The first ant, as a picture (360, 480, 3) uint8 from a camera that follows it."""
-        if self.renderer is None:
-            try:
-                self.renderer = mujoco.Renderer(self.model, height=360, width=480)
-            except Exception as error:  # every OpenGL library has errors of its own
-                hint = "set MUJOCO_GL=egl (apt install libegl1) or osmesa (apt install libosmesa6)"
-                raise RuntimeError(f"MuJoCo cannot draw without OpenGL: {hint}") from error
-        data = mujoco.MjData(self.model)
-        mujoco.mj_setState(self.model, data, self.physics[0].numpy(), STATE)
-        mujoco.mj_forward(self.model, data)
-        self.renderer.update_scene(data, camera="follow")
-        return self.renderer.render()
-
-    def close(self) -> None:
-        self.pool.close()
-        if self.renderer is not None:
-            self.renderer.close()
+        return {**names, "torque_per_action_nm": GEAR, "control_hz": round(1 / self.dt, 6)}
 
 
 def make_env(num_envs: int, device: Any, seed: int) -> MujocoAnt:

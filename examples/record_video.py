@@ -18,7 +18,8 @@ from typing import Dict, Iterable, List, Tuple
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, TOP)
 import train_ppo
 
 try:
@@ -54,6 +55,11 @@ class RecordVideo(train_ppo.AlgoObserver):
 
     def close(self) -> None:
         self.write()
+        tool = train_ppo.shown(os.path.join(TOP, "tools", "evaluate.py"))
+        env_id = self.algo.args.env_id
+        env = f" --env-id {env_id}" if ":" in env_id else ""
+        run = train_ppo.shown(self.algo.config["run_dir"])
+        train_ppo.log(f"film      python {tool} {run}{env} --film out.gif --length 300")
 
     def write(self) -> None:
         """End the video that is being recorded: write it, and show it in TensorBoard and W&B."""

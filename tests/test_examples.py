@@ -28,18 +28,22 @@ def test_own_env_is_learned(here):
     assert length[0] < 50 and length[-1] > 99.9, "the first episodes start anywhere"
 
 
-@pytest.mark.parametrize("name, num_states", [("mujoco_ant", 0), ("privileged_critic", 4)])
-def test_env_with_exact_state_continues_to_the_last_bit(name, num_states, here, monkeypatch):
-    if pytest.importorskip(f"examples.{name}") is ant:
-        monkeypatch.setattr(ant.MujocoAnt, "max_episode_length", 10)  # new episodes draw noise
+NUM_STATES = {"mujoco_ant": 0, "mujoco_robot": 59, "privileged_critic": 4}
+
+
+@pytest.mark.parametrize("name", NUM_STATES)
+def test_env_with_exact_state_continues_to_the_last_bit(name, here, monkeypatch):
+    pytest.importorskip(f"examples.{name}")
+    if ant is not None:
+        monkeypatch.setattr(ant.MujocoRobot, "max_episode_length", 10)  # new episodes draw noise
     flags = [f"--env-id=examples.{name}:make_env", "--num-envs=16", "--num-steps=8"]
     whole = run(*flags, "--max-epochs=4", "--experiment=whole").state()
     run(*flags, "--max-epochs=2", "--experiment=parts")
-    monkeypatch.setenv("ANT_THREADS", "3")  # more than before
+    monkeypatch.setenv("MUJOCO_THREADS", "3")  # more than before
     done = run(flags[0], "--checkpoint=runs/parts", "--max-epochs=4")
     assert "exactly where it stopped" in done.out
     assert same_state(whole, done.state()) == []
-    assert whole["num_states"] == num_states
+    assert whole["num_states"] == NUM_STATES[name]
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("mjlab"), reason="needs mjlab (Python >= 3.10)")
