@@ -5,6 +5,7 @@ clock; one table.
     python benchmarks/compare.py                             Cartpole, ten minutes on 2 cores
     python benchmarks/compare.py --env ant --epochs 7        a task of Ant's size
     python benchmarks/compare.py --env mujoco-ant            examples/mujoco_ant.py; hours
+    python benchmarks/compare.py --env gymnasium --epochs 15 HalfCheetah-v5, of which a step is slow
     python benchmarks/compare.py --one skrl                  one training run: one line of JSON
 
 Every run is a process of its own, one at a time. A round runs all trainers once, the next round in
@@ -12,7 +13,7 @@ reverse order, so that a machine that gets slower or faster favours none.
 
     env steps/s   from the 4th rollout to the end of training, all included
     to 470        from process start, imports included, until the last 256 finished episodes have a
-                  mean return of 470; 3000 for mujoco-ant
+                  mean return of 470; 3000 for mujoco-ant, 1000 for gymnasium
     peak memory   the largest resident set of the process
 
 All of this is measured by the same code, in a wrapper around the env, and everyone trains the same
@@ -23,6 +24,7 @@ rl_games write their curves, and the others are freed of theirs.
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import math
@@ -50,8 +52,9 @@ if "--one" in sys.argv:
     # clocks.
     BORROWED = time.time() - began[0], time.process_time() - began[1]
 
-EPOCHS = {"cartpole": 100, "ant": 23, "mujoco-ant": 300}
-TARGETS = {"cartpole": 470.0, "ant": math.inf, "mujoco-ant": 3000.0}  # mean return
+EPOCHS = {"cartpole": 100, "ant": 23, "mujoco-ant": 300, "gymnasium": 250}
+TARGETS = {"cartpole": 470.0, "ant": math.inf, "mujoco-ant": 3000.0, "gymnasium": 1000.0}
+EXAMPLES = {"mujoco-ant": "mujoco_ant:make_env", "gymnasium": "gymnasium_env:HalfCheetah-v5"}
 WARM_UP = 3  # epochs before the clock of env steps/s starts
 # As in AntPPO.yaml; the rest as for Cartpole.
 ANT = dict(num_envs=4096, minibatch_size=32768, update_epochs=4, units=(256, 128, 64))
@@ -412,15 +415,15 @@ def one(name, which, threads, epochs, seed):
     settings = dict(max_epochs=epochs, seed=seed, torch_threads=threads, device="cpu", sim="torch")
     if which == "ant":
         settings.update(ANT)
-    if which == "mujoco-ant":
-        from examples.mujoco_ant import SETTINGS, MujocoAnt
-
-        settings = {**SETTINGS, **settings}
+    if which in EXAMPLES:
+        module, factory = EXAMPLES[which].split(":")
+        module = importlib.import_module(f"examples.{module}")
+        settings = {**module.SETTINGS, **settings}
     args = train_ppo.Args(**settings)  # all else as in CartpolePPO.yaml
     if which == "ant":
         env = Synthetic(args.num_envs)
-    elif which == "mujoco-ant":
-        env = MujocoAnt(args.num_envs)
+    elif which in EXAMPLES:
+        env = getattr(module, factory)(num_envs=args.num_envs, device="cpu", seed=seed)
     else:
         env = train_ppo.Cartpole(args.num_envs, torch.device("cpu"))
     env = Meter(env, args.num_steps, TARGETS[which])

@@ -4,6 +4,8 @@ pip install -r benchmarks/requirements.txt matplotlib
 python benchmarks/pictures.py cartpole       cartpole.gif: the first policy and the trained one
 python benchmarks/pictures.py curves         curves.png: five seeds here and with rl_games 1.6.5
                                              (three minutes on 2 cores)
+python benchmarks/pictures.py robot          robot.gif: a Unitree Go1 before and after training
+                                             (ten minutes; mujoco, and mjlab for its XML)
 python benchmarks/pictures.py ant            ant.gif: MuJoCo's Ant before and after training
                                              (five minutes; mujoco)
 python benchmarks/pictures.py ant_curves     ant_curves.png: ten seeds here and with rl_games
@@ -38,6 +40,14 @@ def cartpole() -> None:
     """Four environments in the first epochs of a training, beside four with its best policy."""
     titles = ("epochs 1 to 13", "after 100 epochs, some seconds of training")
     before_and_after("cartpole.gif", [], titles, size=(405, 216), steps=range(0, 200, 2))
+
+
+def robot() -> None:
+    """A Go1 in the first epochs of a training, beside one with its best policy."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    env = ["--env-id", "examples.mujoco_robot:go1"]
+    titles = ("epochs 1 to 9", "after 250 epochs, some minutes on two CPU cores")
+    before_and_after("robot.gif", env, titles, size=(400, 300), steps=range(0, 198, 3))
 
 
 def ant() -> None:
@@ -178,7 +188,7 @@ def tensorboard() -> None:
 
 if __name__ == "__main__":
     pictures = {"cartpole": cartpole, "curves": curves, "ant": ant, "ant_curves": ant_curves}
-    pictures.update(states=states, tensorboard=tensorboard)
+    pictures.update(robot=robot, states=states, tensorboard=tensorboard)
     if len(sys.argv) != 2 or sys.argv[1] not in pictures:
         sys.exit(__doc__)
     pictures[sys.argv[1]]()

@@ -332,9 +332,10 @@ class Quadruped(MujocoRobot):
         """Above the trunk: its way in half a second, in green as commanded, in blue as it goes."""
         positions, _ = self.split(self.physics[:1])
         axes, velocity = body_axes(positions[:, 3:7])[0], self.measure()["velocity"][0]
-        start = positions[0, :3] + torch.tensor([0.0, 0.0, 0.2]).double()
         arrow, zeros = mujoco.mjtGeom.mjGEOM_ARROW, np.zeros(9)
-        for vector, rgba in ((self.command[0], [0, 0.7, 0, 1]), (velocity, [0, 0.3, 1, 1])):
+        commanded, own = (0.23, self.command[0], [0, 0.7, 0, 1]), (0.2, velocity, [0, 0.3, 1, 1])
+        for height, vector, rgba in (commanded, own):
+            start = positions[0, :3] + torch.tensor([0.0, 0.0, height])
             end = start + 0.5 * (vector[:2] @ axes[:2])
             geom = scene.geoms[scene.ngeom]
             color = np.array(rgba, np.float32)
