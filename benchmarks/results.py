@@ -25,6 +25,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(HERE)
 KEPT = os.path.join(HERE, "results.jsonl")
 PAGE = os.path.join(TOP, "docs", "results.md")
+METRICS = {"speed_error": " m/s", "Episode/falls": ""}  # of an evaluation, with their units
 EVERY = 5  # epochs between two returns that are kept
 
 # task: its name on the page, its name in compare.py or its --env-id, seeds, the return of a
@@ -115,7 +116,7 @@ def own_run(task, seed):
     cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     env_steps = points[-1].step
     to_threshold = next((point.step for point in points if point.value >= threshold), None)
-    keys = ("mean", "std", "count", "length", "epoch", "metrics")
+    keys = ("mean", "std", "count", "length", "epoch")
     return {
         "return": round(points[-1].value, 1),
         "env_steps": env_steps,
@@ -124,7 +125,8 @@ def own_run(task, seed):
             to_threshold and cpu_seconds * to_threshold / env_steps
         ),
         "cpu_minutes": in_minutes(cpu_seconds),
-        "evaluation": {key: evaluation[key] for key in keys},
+        "evaluation": {key: round(evaluation[key], 2) for key in keys},
+        "metrics": {tag: evaluation["metrics"].get(tag) for tag in METRICS},
         "versions": {"torch": config["torch"], "train_ppo": config["git_commit"]},
         "curve": [round(point.value, 1) for point in points[EVERY - 1 :: EVERY]],
     }
@@ -205,10 +207,9 @@ def evaluated(task):
         return
     results = [run["evaluation"] for run in runs]
     cells = [TASKS[task][0], spread([x["mean"] for x in results])]
-    metrics = [x["metrics"] for x in results]
-    for tag, unit in (("speed_error", " m/s"), ("episode/falls", "")):
-        known = tag in metrics[0]
-        cells.append(", ".join(f"{x[tag]:.2f}" for x in metrics) + unit if known else "")
+    for tag, unit in METRICS.items():
+        values = [run["metrics"][tag] for run in runs]
+        cells.append(", ".join(f"{x:.3f}" for x in values) + unit if None not in values else "")
     cells.append(number(statistics.mean(run["cpu_minutes"] for run in runs), 1))
     yield "| " + " | ".join(cells) + " |"
 

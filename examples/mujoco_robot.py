@@ -322,7 +322,8 @@ class Quadruped(MujocoRobot):
         return reward - 0.2 * fell, fell, infos
 
     def policy_metadata(self) -> Dict[str, Any]:
-        """What one must know to run a policy on the robot, apart from its weights."""
+        """What one must know to run a policy on the robot, apart from its weights. Actions are
+        clipped to +- action_limit, also where the next observation has them as last_action."""
         found = dict(joint_names=JOINTS, default_pose=POSE.tolist(), action_scale=ACTION_SCALE)
         found.update(kp=KP, kd=KD, torque_limit_nm=TORQUE, control_hz=round(1 / self.dt, 6))
         found.update(action_limit=self.action_limit, command_ranges=COMMANDS.tolist())
