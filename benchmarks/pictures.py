@@ -2,27 +2,27 @@
 
 pip install -r benchmarks/requirements.txt matplotlib
 python benchmarks/pictures.py cartpole       cartpole.gif: the first policy and the trained one
-python benchmarks/pictures.py curves         curves.png: five seeds here and with rl_games 1.6.5
-                                             (three minutes on 2 cores)
+python benchmarks/pictures.py curves         curves.png: the seeds of Cartpole that results.py has
+                                             kept, here and with rl_games
 python benchmarks/pictures.py robot          robot.gif: a Unitree Go1 before and after training
                                              (ten minutes; mujoco, and mjlab for its XML)
 python benchmarks/pictures.py ant            ant.gif: MuJoCo's Ant before and after training
                                              (five minutes; mujoco)
-python benchmarks/pictures.py ant_curves     ant_curves.png: ten seeds here and with rl_games
-                                             (two hours; mujoco, rl_games 1.6.1)
+python benchmarks/pictures.py ant_curves     ant_curves.png: those of the Ant
 python benchmarks/pictures.py states         states.png: a critic with and without the exact state,
                                              five seeds each (three minutes)
 python benchmarks/pictures.py tensorboard    tensorboard.png: the page of a real run, six of its
                                              curves (half a minute; Chromium)
 """
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from urllib.parse import quote
+
+import results  # benchmarks/results.py
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(HERE)
@@ -118,29 +118,21 @@ def draw_curves(name: str, runs, steps, ylabel: str) -> None:
     figure.savefig(os.path.join(DOCS, f"{name}.png"), dpi=110)
 
 
-def compare_runs(env: str, seeds: int):
-    """{trainer: lists of returns} by compare.py, each run a process of its own."""
-    runs = {"rl_games": [], "train_ppo": []}
-    for seed in range(1, seeds + 1):
-        for name, lines in runs.items():
-            command = [sys.executable, os.path.join(HERE, "compare.py"), "--one", name]
-            command += ["--env", env, "--threads", "1", "--seed", str(seed)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-            print(done.stdout.decode().strip(), file=sys.stderr)
-            lines.append(json.loads(done.stdout)["returns"])
-    return runs
+def kept_curves(name: str, task: str, frames: int, epochs: int) -> None:
+    """docs/<name>.png: the runs of results.jsonl. frames: env steps of an epoch."""
+    runs = {}
+    for trainer in ("rl_games", "train_ppo"):
+        runs[trainer] = [run["curve"] for run in results.of(task, trainer)]
+    steps = [frames * epoch / 1e6 for epoch in range(results.EVERY, epochs + 1, results.EVERY)]
+    draw_curves(name, runs, steps, "mean return of the last 256 episodes")
 
 
 def curves() -> None:
-    steps = [512 * 16 * epoch / 1e6 for epoch in range(1, 101)]
-    what = "mean return of the last 256 episodes"
-    draw_curves("curves", compare_runs("cartpole", 5), steps, what)
+    kept_curves("curves", "cartpole", 512 * 16, 100)
 
 
 def ant_curves() -> None:
-    steps = [1024 * 16 * epoch / 1e6 for epoch in range(1, 301)]
-    what = "mean return of the last 256 episodes"
-    draw_curves("ant_curves", compare_runs("mujoco-ant", 10), steps, what)
+    kept_curves("ant_curves", "ant", 1024 * 16, 300)
 
 
 def states() -> None:

@@ -46,9 +46,8 @@ class GymnasiumEnv:
         """Before the first rollout, set the clocks apart, or all episodes end in the same step."""
         if algo.epoch_num == algo.first_epoch + 1 and self.max_episode_length:
             for number, env in enumerate(self.env.envs):
-                while not isinstance(env, gymnasium.wrappers.TimeLimit):
-                    env = env.env
-                env._elapsed_steps = number * self.max_episode_length // self.num_envs
+                elapsed = number * self.max_episode_length // self.num_envs
+                env.set_wrapper_attr("_elapsed_steps", elapsed)  # of the wrapper TimeLimit
 
     def step(self, actions: torch.Tensor):
         """Actions (E, A) in [-1, 1], which are scaled to the task's own range."""
