@@ -235,9 +235,10 @@ INTRODUCTION = """# Results
 | million steps to it | core minutes to it |
 |---|---|---:|---:|---:|---:|---:|---:|---:|"""
 BETWEEN = """
-Published, after a million steps as well:
-[CleanRL](https://docs.cleanrl.dev/rl-algorithms/ppo/) has 2,383 +- 272 for Hopper-v4 and 1,443 +- 46 for HalfCheetah-v4, the final returns of three seeds; the policies that
-rl-baselines3-zoo tuned for each task have [2,410](https://huggingface.co/sb3/ppo-Hopper-v3) and
+Published, after a million steps as well: [CleanRL](https://docs.cleanrl.dev/rl-algorithms/ppo/) has
+2,383 +- 272 for Hopper-v4 and 1,443 +- 46 for HalfCheetah-v4, the final returns of three seeds; the
+policies that rl-baselines3-zoo tuned for each task have
+[2,410](https://huggingface.co/sb3/ppo-Hopper-v3) and
 [5,836](https://huggingface.co/sb3/ppo-HalfCheetah-v3) by mean actions in the tasks' `-v3`.
 
 The final return is the mean return of the last episodes at the end of training, with sampled

@@ -12,6 +12,7 @@ import torch
 from harness import ROOT, SMALL, run
 
 import train_ppo
+from benchmarks import results
 
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 TEXT = "\n".join(PAGES.values())
@@ -99,6 +100,10 @@ def test_flags_that_pages_name_exist():
     flags = {f"--{name.replace('_', '-')}" for name in flags}
     flags |= set(re.findall(r"--[a-z][a-z-]*", run("--help").out))
     assert len(named) > 50 and set(named) - flags == set()
+
+
+def test_results_and_readme_say_what_the_kept_runs_say():
+    assert results.check() == []
 
 
 def test_metrics_md_explains_all_tags_and_no_others(here):
