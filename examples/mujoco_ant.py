@@ -1,6 +1,6 @@
 """IsaacGymEnvs' Ant on the CPU, simulated by MuJoCo.
 
-    pip install "mujoco>=3.3"
+    pip install "mujoco>=3.3.3"
     python train_ppo.py --env-id examples.mujoco_ant:make_env
 
 An ant with eight joints learns to run to a target 1 km away. mujoco_robot.py simulates it; what is

@@ -1,6 +1,6 @@
 """A walking robot from an XML, on the CPU: a file to copy for a robot of your own.
 
-    pip install "mujoco>=3.3"
+    pip install "mujoco>=3.3.3"
     python train_ppo.py --env-id examples.mujoco_robot:make_env   the quadruped at the end
     pip install --no-deps mjlab==1.6.0                            for the XML of Unitree's Go1
     python train_ppo.py --env-id examples.mujoco_robot:go1

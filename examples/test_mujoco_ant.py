@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-pytest.importorskip("mujoco", minversion="3.3")
+pytest.importorskip("mujoco", minversion="3.3.3")
 from examples import mujoco_ant as ant
 
 E = 16

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-mujoco = pytest.importorskip("mujoco", minversion="3.3")
+mujoco = pytest.importorskip("mujoco", minversion="3.3.3")
 from examples import mujoco_robot as robot
 
 E = 32

@@ -62,7 +62,7 @@ def test_documented_command_works_as_printed(command, here):
         os.symlink(str(ROOT / name), name)
     program, script, *words = shlex.split(command)
     if re.search("mujoco_|gymnasium_env", command):
-        pytest.importorskip("mujoco", minversion="3.3")
+        pytest.importorskip("mujoco", minversion="3.3.3")
     if "go1" in command and not importlib.util.find_spec("mjlab"):
         pytest.skip("needs mjlab's files")
     assert program == "python", f"{command}: say in NOT_RUN why it is not run"
