@@ -178,6 +178,19 @@ def test_best_is(name, here):
     assert (done.state()["best_epoch"], done.state("best.pth")["epoch"]) == (epoch, epoch)
 
 
+def test_best_is_written_at_most_once_a_second_and_as_it_was_in_its_epoch(here, monkeypatch):
+    written, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (written.append(new), replace(old, new)))
+    flags = [*SMALL, *BY_SCORE, "--save-frequency=0"]
+    env = dict(infos=scores(1, 9, 5, 4), lengths=8)
+    done = run(*flags, env=env)
+    names = [os.path.basename(name) for name in written]
+    assert names[-2:] == ["best.pth", "last.pth"] and len(names) <= 5
+    best = done.state("best.pth")
+    assert best["epoch"] == 2 != done.state()["epoch"]
+    assert same_state(best, run(*flags, "--max-epochs=2", env=env).state()) == []
+
+
 def test_a_folder_in_use_is_refused_until_its_process_is_gone(here):
     process = start(*SMALL, "--experiment=r", env=kill_at(20, "SIGSTOP"))
     harness.wait_for(Path("runs/r/nn/epoch_2.pth").exists, process)
