@@ -5,7 +5,7 @@ python benchmarks/pictures.py cartpole       cartpole.gif: the first policy and 
 python benchmarks/pictures.py curves         curves.png: the seeds of Cartpole that results.py has
                                              kept, here and with rl_games
 python benchmarks/pictures.py robot          robot.gif: a Unitree Go1 before and after training
-                                             (ten minutes; mujoco, and mjlab for its XML)
+                                             (twenty minutes; mujoco, mjlab's XML)
 python benchmarks/pictures.py ant            ant.gif: MuJoCo's Ant before and after training
                                              (five minutes; mujoco)
 python benchmarks/pictures.py ant_curves     ant_curves.png: those of the Ant
@@ -46,7 +46,7 @@ def robot() -> None:
     """A Go1 in the first epochs of a training, beside one with its best policy."""
     os.environ.setdefault("MUJOCO_GL", "egl")
     env = ["--env-id", "examples.mujoco_robot:go1"]
-    titles = ("epochs 1 to 9", "after 250 epochs, some minutes on two CPU cores")
+    titles = ("epochs 1 to 9", "after 250 epochs")
     before_and_after("robot.gif", env, titles, size=(400, 300), steps=range(0, 198, 3))
 
 
@@ -60,25 +60,31 @@ def ant() -> None:
 
 def before_and_after(name: str, env, titles, size, steps) -> None:
     """docs/<name>: the video of epoch 1 beside a film of best.pth, those steps of each."""
-    from PIL import Image, ImageDraw
-
     script = os.path.join("examples", "record_video.py")
     with tempfile.TemporaryDirectory() as folder:
         run_dir = train(folder, script, *env)
         best = os.path.join(folder, "best.gif")
         film = [sys.executable, os.path.join(TOP, "tools", "evaluate.py"), run_dir]
         subprocess.run([*film, "--film", best, *env], cwd=TOP, check=True)
-        first = Image.open(os.path.join(run_dir, "videos", "epoch_1.gif"))
-        width, height = size
-        frames = []
-        for t in steps:
-            picture = Image.new("RGB", (2 * width + 10, height + 34), "white")
-            draw = ImageDraw.Draw(picture)
-            for i, gif in enumerate((first, Image.open(best))):
+        first = os.path.join(run_dir, "videos", "epoch_1.gif")
+        side_by_side(name, (first, best), titles, size, steps)
+
+
+def side_by_side(name: str, files, titles, size, steps) -> None:
+    """docs/<name>: those steps of two GIFs."""
+    from PIL import Image, ImageDraw
+
+    width, height = size
+    frames = []
+    for t in steps:
+        picture = Image.new("RGB", (2 * width + 10, height + 34), "white")
+        draw = ImageDraw.Draw(picture)
+        for i, file in enumerate(files):
+            with Image.open(file) as gif:
                 go_to(gif, t)
                 picture.paste(gif.convert("RGB").resize(size), (i * (width + 5) + 2, 30))
-                draw.text((i * (width + 5) + 10, 10), titles[i], fill="black", font_size=14)
-            frames.append(picture.quantize(48, dither=Image.Dither.NONE))
+            draw.text((i * (width + 5) + 10, 10), titles[i], fill="black", font_size=14)
+        frames.append(picture.quantize(48, dither=Image.Dither.NONE))
     step = 20 * (steps[1] - steps[0])  # milliseconds
     rest = dict(save_all=True, append_images=frames[1:], duration=step, loop=0)
     frames[0].save(os.path.join(DOCS, name), **rest)

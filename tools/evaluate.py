@@ -46,7 +46,7 @@ def play(env, model: train_ppo.ActorCritic, device, clip: bool, stochastic: bool
         step = env.step(actions.clamp(-1.0, 1.0) if clip else actions)
         obs, rewards, dones, _, infos = train_ppo.read_step(step, env, device)
         yield rewards.cpu(), dones.cpu(), infos
-        if t % 200 == 0:
+        if t % 100 == 0:
             log(f"step {t:,}")
 
 
