@@ -1333,7 +1333,8 @@ def save(agent: PPOAgent, *names: str, mid_rollout: bool = False) -> None:
     with contextlib.suppress(OSError):
         agent.writer.flush()  # the curve on disk is never behind the checkpoint
     states = {"best.pth": agent.best} if agent.best is not None else {}
-    states.update({name: agent_state(agent, mid_rollout) for name in names})
+    if names:
+        states.update(dict.fromkeys(names, agent_state(agent, mid_rollout)))
     folder = os.path.join(agent.config["run_dir"], "nn")
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, "saving.tmp")

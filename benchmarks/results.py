@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(HERE)
@@ -58,6 +57,7 @@ def kept():
 
 def train(task, trainers, seeds):
     """Train what is missing, the seeds one after the other."""
+    os.environ["MUJOCO_THREADS"] = "1"
     for seed in range(1, seeds + 1):
         for trainer in trainers:
             if (task, trainer, seed) not in kept():
@@ -70,18 +70,17 @@ def train(task, trainers, seeds):
 
 
 def start(*command):
-    environ = {**os.environ, "MUJOCO_THREADS": "1", "COMPARE_STARTED": repr(time.time())}
     command = [sys.executable, *command]
-    done = subprocess.run(command, cwd=TOP, env=environ, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=TOP, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return done.stdout
 
 
 def compared_run(name, trainer, seed):
     """By compare.py, which measures all trainers alike: returns are of the last 256 episodes."""
-    command = [os.path.join(HERE, "compare.py"), "--one", trainer, "--env", name]
-    found = json.loads(start(*command, "--threads", "1", "--seed", str(seed)))
+    import compare  # benchmarks/compare.py
+
+    found = compare.run(trainer, name, 1, compare.EPOCHS[name], seed)
     return {
         "return": found["returns"][-1],
         "env_steps": found["env_steps"],
