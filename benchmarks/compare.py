@@ -52,7 +52,7 @@ if "--one" in sys.argv:
     # clocks.
     BORROWED = time.time() - began[0], time.process_time() - began[1]
 
-EPOCHS = {"cartpole": 100, "ant": 23, "mujoco-ant": 300, "gymnasium": 250}
+EPOCHS = {"cartpole": 100, "ant": 23, "mujoco-ant": 300, "gymnasium": 488}
 TARGETS = {"cartpole": 470.0, "ant": math.inf, "mujoco-ant": 3000.0, "gymnasium": 1000.0}
 EXAMPLES = {"mujoco-ant": "mujoco_ant:make_env", "gymnasium": "gymnasium_env:HalfCheetah-v5"}
 WARM_UP = 3  # epochs before the clock of env steps/s starts

@@ -1,7 +1,7 @@
 """How close train_ppo.py comes to what the machine can do, and how it grows with the number of
 environments; two tables.
 
-    python benchmarks/limits.py               the README's tables (three minutes on 2 cores)
+    python benchmarks/limits.py               three minutes on 2 cores
     python benchmarks/limits.py --epochs 3    quicker, and less exact
 
 Limits: the time of an epoch's update, next to three numbers that bound it:

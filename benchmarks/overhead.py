@@ -1,6 +1,7 @@
-"""What observers, metrics and checkpoints cost: the default job with and without them.
+"""What observers, metrics and checkpoints cost: a job with and without them.
 
-    python benchmarks/overhead.py [PAIRS]
+    python benchmarks/overhead.py [PAIRS]    the default job, Cartpole
+    python benchmarks/overhead.py PAIRS ant  one of Ant's size, whose env costs next to nothing
 
 Both jobs train in one process and take turns of five epochs, so that a machine that gets slower or
 faster does so for both. In the second half of a pair the other job starts first, because whoever
@@ -18,8 +19,13 @@ import time
 
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+import compare
+
 import train_ppo
+
+compare.torch = torch  # it imports torch only where it trains
 
 TURN = 5  # epochs
 WITH, WITHOUT = "with", "without"  # the jobs, by the names of their runs
@@ -28,13 +34,27 @@ whose = [WITH]
 seconds = {WITH: 0.0, WITHOUT: 0.0}
 
 
-class TurnTaking(train_ppo.Cartpole):
+class ShortEpisodes(compare.Synthetic):
+    max_episode_length = 100  # so that every env has ended one when best.pth begins
+
+
+CPU = torch.device("cpu")
+JOBS = {
+    "cartpole": (train_ppo.Cartpole, {}),
+    "ant": (ShortEpisodes, dict(compare.ANT, max_epochs=25, save_best_after=10)),
+}
+
+
+class TurnTaking:
     """Waits before every fifth epoch until the other job has had its turn."""
 
-    def __init__(self, args: train_ppo.Args, seed: int):
-        super().__init__(args.num_envs, torch.device("cpu"))
-        self.job = args.experiment
+    def __init__(self, env, job):
+        self.env = env
+        self.job = job
         self.start = None
+
+    def __getattr__(self, name):
+        return getattr(self.env, name)
 
     def set_train_info(self, frame, algo):
         if (algo.epoch_num - 1) % TURN == 0:
@@ -67,8 +87,13 @@ def leave_out(name: str) -> None:
     setattr(train_ppo, name, called)
 
 
+def make_env(args: train_ppo.Args, seed: int) -> TurnTaking:
+    return TurnTaking(ENV(args.num_envs, device=CPU), args.experiment)
+
+
 def train(job: str, folder: str) -> None:
-    args = train_ppo.Args(train_dir=folder, experiment=job, device="cpu", sim="torch")
+    names = dict(train_dir=folder, experiment=job, device="cpu", sim="torch")
+    args = train_ppo.Args(**names, **SETTINGS)
     observers = [train_ppo.RLGPUAlgoObserver()] if job == WITH else []
     train_ppo.run(args, train_ppo.MultiObserver(observers))
 
@@ -85,7 +110,8 @@ def train_both(first: str, second: str) -> None:
 
 if __name__ == "__main__":
     pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    train_ppo.make_env = TurnTaking
+    ENV, SETTINGS = JOBS[sys.argv[2] if len(sys.argv) > 2 else "cartpole"]
+    train_ppo.make_env = make_env
     for name in ("log_epoch", "save_checkpoints", "save"):
         leave_out(name)
     train_both(WITH, WITHOUT)  # warm up

@@ -1,6 +1,9 @@
 """What is reached, with how many seeds: docs/results.md, from the runs kept in results.jsonl.
 
-    pip install -r benchmarks/requirements.txt
+    pip install -r requirements.txt "mujoco>=3.3.3" "gymnasium[mujoco]>=1.1"
+    pip install gym==0.23.1 tensorboardX psutil setproctitle pyyaml
+    pip install --no-deps --ignore-requires-python rl-games==1.6.1
+    pip install --no-deps mjlab==1.6.0             which has the Go1
     python benchmarks/results.py                   write docs/results.md
     python benchmarks/results.py --check           say whether that page and README have its numbers
     python benchmarks/results.py train ant         train what is missing of a task, and keep it
@@ -63,10 +66,20 @@ def train(task, trainers, seeds):
             if (task, trainer, seed) not in kept():
                 name = TASKS[task][1]
                 run = own_run(task, seed) if ":" in name else compared_run(name, trainer, seed)
+                if trainer == "train_ppo":
+                    run["versions"]["train_ppo"] = commit()
                 run = {"task": task, "trainer": trainer, "seed": seed, **run}
                 with open(KEPT, "a") as file:
                     file.write(json.dumps(run) + "\n")
                 print(f"{task} {trainer} seed {seed}: {run['return']}", flush=True)
+
+
+def commit():
+    """The commit that is trained, with "-dirty" if its code was changed; KEPT changes here."""
+    git = ["git", "-C", TOP]
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
+    found = subprocess.check_output([*git, "describe", "--always"], text=True).strip()
+    return found + "-dirty" * bool(changed)
 
 
 def start(*command):
@@ -127,7 +140,7 @@ def own_run(task, seed):
         "cpu_minutes": in_minutes(cpu_seconds),
         "evaluation": {key: round(evaluation[key], 2) for key in keys},
         "metrics": {tag: evaluation["metrics"].get(tag) for tag in METRICS},
-        "versions": {"torch": config["torch"], "train_ppo": config["git_commit"]},
+        "versions": {"torch": config["torch"]},
         "curve": [round(point.value, 1) for point in points[EVERY - 1 :: EVERY]],
     }
 

@@ -12,7 +12,8 @@ import gymnasium
 import numpy as np
 import torch
 
-# The trainer's arguments: CleanRL's network for MuJoCo, its gradient steps and its million steps.
+# The trainer's arguments: CleanRL's network for MuJoCo, its passes over 2,048 steps, its million
+# steps; minibatches are twice as large.
 SETTINGS = dict(num_envs=32, num_steps=64, minibatch_size=128, update_epochs=10, max_epochs=488)
 SETTINGS.update(units=(64, 64), activation="tanh", separate=True, reward_scale=1.0, vf_coef=1.0)
 SETTINGS.update(kl_threshold=0.01, max_lr=3e-4, save_best_after=40, games_to_track=32)
