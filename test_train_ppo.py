@@ -143,8 +143,8 @@ def test_file_copied_alone_trains_and_continues(here):
 
 
 def test_each_file_is_written_when_the_readme_says(here, monkeypatch):
-    clock = itertools.count()  # best.pth waits for a second: here each look at the clock takes two
-    monkeypatch.setattr(time, "monotonic", lambda: 2.0 * next(clock))
+    clock = itertools.count()  # best.pth waits for 5 seconds: here each look at it takes 6
+    monkeypatch.setattr(time, "monotonic", lambda: 6.0 * next(clock))
     seen = []
 
     def look(_=None):

@@ -29,7 +29,6 @@ Shapes: T = num_steps, E = num_envs, N = T * E, O = num_obs, A = num_acts; S = n
 """
 
 import contextlib
-import copy
 import ctypes
 import errno
 import functools
@@ -532,7 +531,7 @@ class PPOAgent:
         self.mean_rewards = -math.inf  # of about the last games_to_track episodes
         self.best_score = -math.inf  # what best.pth has
         self.best_epoch = 0
-        self.best: Optional[Dict[str, Any]] = None  # what best.pth will have: it waits for a second
+        self.best: Optional[memoryview] = None  # what will be in best.pth, until it is written
         self.save_time = -math.inf  # when a file was last saved
         self.stop_signal = 0  # the number of the signal that asked to stop after this epoch
         self.policy_metadata = getattr(env, "policy_metadata", dict)()
@@ -1311,18 +1310,25 @@ def restore_agent(agent: PPOAgent, state: Dict[str, Any], path: str) -> bool:
 
 
 def save_checkpoints(agent: PPOAgent, score: float, finished: float) -> None:
-    """Write the checkpoints that this epoch is due. finished: episodes in the mean reward."""
+    """Write what is due: best.pth at most every five seconds. finished: episodes in the mean."""
     args, epoch = agent.args, agent.epoch_num
     # The first episodes to end are the short ones, so wait for the others, and for enough of them.
     steps = (epoch - agent.first_epoch) * args.num_steps
     fair = steps >= agent.max_episode_length and finished >= args.games_to_track
     if fair and epoch >= args.save_best_after and score > agent.best_score:
         agent.best_score, agent.best_epoch = score, epoch
-        agent.best = copy.deepcopy(agent_state(agent))
+        agent.best = serialise(agent_state(agent))
     if args.save_frequency and epoch % args.save_frequency == 0:
         save(agent, f"epoch_{epoch}.pth", "last.pth")
-    elif agent.best is not None and time.monotonic() > agent.save_time + 1.0:
+    elif agent.best is not None and time.monotonic() > agent.save_time + 5.0:
         save(agent)
+
+
+def serialise(state: Dict[str, Any]) -> memoryview:
+    """The bytes of a checkpoint. Given a file, torch.save reports a full disk without a reason."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getbuffer()
 
 
 def save(agent: PPOAgent, *names: str, mid_rollout: bool = False) -> None:
@@ -1332,17 +1338,15 @@ def save(agent: PPOAgent, *names: str, mid_rollout: bool = False) -> None:
         return
     with contextlib.suppress(OSError):
         agent.writer.flush()  # the curve on disk is never behind the checkpoint
-    states = {"best.pth": agent.best} if agent.best is not None else {}
+    files = {"best.pth": agent.best} if agent.best is not None else {}
     if names:
-        states.update(dict.fromkeys(names, agent_state(agent, mid_rollout)))
+        files.update(dict.fromkeys(names, serialise(agent_state(agent, mid_rollout))))
     folder = os.path.join(agent.config["run_dir"], "nn")
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, "saving.tmp")
-    for name, state in states.items():
-        serialised = io.BytesIO()  # torch.save to a file reports a full disk without a reason
-        torch.save(state, serialised)
+    for name, content in files.items():
         with open(temporary, "wb") as file:
-            file.write(serialised.getbuffer())
+            file.write(content)
             file.flush()
             sync(file.fileno())
         os.replace(temporary, os.path.join(folder, name))
