@@ -1350,10 +1350,10 @@ def save(agent: PPOAgent, *names: str, mid_rollout: bool = False) -> None:
             file.flush()
             sync(file.fileno())
         os.replace(temporary, os.path.join(folder, name))
-        if os.name == "posix":  # the new name must be on disk, too
-            descriptor = os.open(folder, os.O_RDONLY)
-            sync(descriptor)
-            os.close(descriptor)
+    if os.name == "posix":  # the new names must be on disk, too
+        descriptor = os.open(folder, os.O_RDONLY)
+        sync(descriptor)
+        os.close(descriptor)
     agent.best, agent.save_time = None, time.monotonic()
 
 
