@@ -1317,17 +1317,17 @@ def save_checkpoints(agent: PPOAgent, score: float, finished: float) -> None:
     fair = steps >= agent.max_episode_length and finished >= args.games_to_track
     if fair and epoch >= args.save_best_after and score > agent.best_score:
         agent.best_score, agent.best_epoch = score, epoch
-        agent.best = serialise(agent_state(agent))
+        agent.best = serialise(agent)
     if args.save_frequency and epoch % args.save_frequency == 0:
         save(agent, f"epoch_{epoch}.pth", "last.pth")
     elif agent.best is not None and time.monotonic() > agent.save_time + 5.0:
         save(agent)
 
 
-def serialise(state: Dict[str, Any]) -> memoryview:
+def serialise(agent: PPOAgent, mid_rollout: bool = False) -> memoryview:
     """The bytes of a checkpoint. Given a file, torch.save reports a full disk without a reason."""
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(agent_state(agent, mid_rollout), buffer)
     return buffer.getbuffer()
 
 
@@ -1340,7 +1340,7 @@ def save(agent: PPOAgent, *names: str, mid_rollout: bool = False) -> None:
         agent.writer.flush()  # the curve on disk is never behind the checkpoint
     files = {"best.pth": agent.best} if agent.best is not None else {}
     if names:
-        files.update(dict.fromkeys(names, serialise(agent_state(agent, mid_rollout))))
+        files.update(dict.fromkeys(names, serialise(agent, mid_rollout)))
     folder = os.path.join(agent.config["run_dir"], "nn")
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, "saving.tmp")

@@ -396,6 +396,14 @@ def peak_mb():
     return peak / 1024**2 if sys.platform == "darwin" else peak / 1024
 
 
+def commit():
+    """The git commit, with "-dirty" if code was changed. results.py's list of runs may grow."""
+    git = ["git", "-C", TOP]
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
+    found = subprocess.check_output([*git, "describe", "--always"], text=True).strip()
+    return found + "-dirty" * bool(changed)
+
+
 def versions(name):
     """What was run: the trainer's package (of ours the git commit), torch, mujoco where it is."""
     found = {"python": platform.python_version()}
@@ -403,8 +411,7 @@ def versions(name):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     if name.startswith("train_ppo"):
-        command = ["git", "-C", TOP, "describe", "--always", "--dirty"]
-        found["train_ppo"] = subprocess.check_output(command, text=True).strip()
+        found["train_ppo"] = commit()
     return found
 
 

@@ -24,6 +24,9 @@ import sys
 import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, HERE)
+import compare
+
 TOP = os.path.dirname(HERE)
 KEPT = os.path.join(HERE, "results.jsonl")
 PAGE = os.path.join(TOP, "docs", "results.md")
@@ -66,20 +69,10 @@ def train(task, trainers, seeds):
             if (task, trainer, seed) not in kept():
                 name = TASKS[task][1]
                 run = own_run(task, seed) if ":" in name else compared_run(name, trainer, seed)
-                if trainer == "train_ppo":
-                    run["versions"]["train_ppo"] = commit()
                 run = {"task": task, "trainer": trainer, "seed": seed, **run}
                 with open(KEPT, "a") as file:
                     file.write(json.dumps(run) + "\n")
                 print(f"{task} {trainer} seed {seed}: {run['return']}", flush=True)
-
-
-def commit():
-    """The commit that is trained, with "-dirty" if its code was changed; KEPT changes here."""
-    git = ["git", "-C", TOP]
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
-    found = subprocess.check_output([*git, "describe", "--always"], text=True).strip()
-    return found + "-dirty" * bool(changed)
 
 
 def start(*command):
@@ -91,8 +84,6 @@ def start(*command):
 
 def compared_run(name, trainer, seed):
     """By compare.py, which measures all trainers alike: returns are of the last 256 episodes."""
-    import compare  # benchmarks/compare.py
-
     found = compare.run(trainer, name, 1, compare.EPOCHS[name], seed)
     return {
         "return": found["returns"][-1],
@@ -140,7 +131,7 @@ def own_run(task, seed):
         "cpu_minutes": in_minutes(cpu_seconds),
         "evaluation": {key: round(evaluation[key], 2) for key in keys},
         "metrics": {tag: evaluation["metrics"].get(tag) for tag in METRICS},
-        "versions": {"torch": config["torch"]},
+        "versions": {"torch": config["torch"], "train_ppo": compare.commit()},
         "curve": [round(point.value, 1) for point in points[EVERY - 1 :: EVERY]],
     }
 
