@@ -181,7 +181,7 @@ def test_best_is(name, here):
     assert (done.state()["best_epoch"], done.state("best.pth")["epoch"]) == (epoch, epoch)
 
 
-def test_best_is_written_at_most_once_a_second_and_as_it_was_in_its_epoch(here, monkeypatch):
+def test_best_is_written_now_and_then_and_as_it_was_in_its_epoch(here, monkeypatch):
     written, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda old, new: (written.append(new), replace(old, new)))
     flags = [*SMALL, *BY_SCORE, "--save-frequency=0"]

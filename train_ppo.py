@@ -70,6 +70,7 @@ import torch.distributed as dist
 import tyro
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 
 __version__ = "2.0.0"
@@ -531,7 +532,7 @@ class PPOAgent:
         self.mean_rewards = -math.inf  # of about the last games_to_track episodes
         self.best_score = -math.inf  # what best.pth has
         self.best_epoch = 0
-        self.best: Optional[memoryview] = None  # what will be in best.pth, until it is written
+        self.best: Dict[str, Any] = {}  # the state for best.pth, until it is written
         self.save_time = -math.inf  # when a file was last saved
         self.stop_signal = 0  # the number of the signal that asked to stop after this epoch
         self.policy_metadata = getattr(env, "policy_metadata", dict)()
@@ -1035,7 +1036,7 @@ class Writer(SummaryWriter):
         self.events = defaultdict(list)  # step -> what TensorBoard gets for it
 
     def add_scalar(self, tag, scalar_value, global_step=None, *args, **kwargs) -> None:
-        self.scalars[tag] = torch.as_tensor(scalar_value, dtype=torch.float64).item()
+        self.scalars[tag] = float(scalar_value)
         self.steps[tag] = global_step
         value = Summary.Value(tag=tag, simple_value=self.scalars[tag])
         self.events[int(global_step or 0)].append(value)
@@ -1317,18 +1318,11 @@ def save_checkpoints(agent: PPOAgent, score: float, finished: float) -> None:
     fair = steps >= agent.max_episode_length and finished >= args.games_to_track
     if fair and epoch >= args.save_best_after and score > agent.best_score:
         agent.best_score, agent.best_epoch = score, epoch
-        agent.best = serialise(agent)
+        agent.best = tree_map_only(Tensor, Tensor.clone, agent_state(agent))  # a deep copy
     if args.save_frequency and epoch % args.save_frequency == 0:
         save(agent, f"epoch_{epoch}.pth", "last.pth")
-    elif agent.best is not None and time.monotonic() > agent.save_time + 5.0:
+    elif agent.best and time.monotonic() > agent.save_time + 5.0:
         save(agent)
-
-
-def serialise(agent: PPOAgent, mid_rollout: bool = False) -> memoryview:
-    """The bytes of a checkpoint. Given a file, torch.save reports a full disk without a reason."""
-    buffer = io.BytesIO()
-    torch.save(agent_state(agent, mid_rollout), buffer)
-    return buffer.getbuffer()
 
 
 def save(agent: PPOAgent, *names: str, mid_rollout: bool = False) -> None:
@@ -1338,15 +1332,17 @@ def save(agent: PPOAgent, *names: str, mid_rollout: bool = False) -> None:
         return
     with contextlib.suppress(OSError):
         agent.writer.flush()  # the curve on disk is never behind the checkpoint
-    files = {"best.pth": agent.best} if agent.best is not None else {}
+    states = {"best.pth": agent.best} if agent.best else {}
     if names:
-        files.update(dict.fromkeys(names, serialise(agent, mid_rollout)))
+        states.update(dict.fromkeys(names, agent_state(agent, mid_rollout)))
     folder = os.path.join(agent.config["run_dir"], "nn")
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, "saving.tmp")
-    for name, content in files.items():
+    for name, state in states.items():
+        buffer = io.BytesIO()  # given a file, torch.save reports a full disk without a reason
+        torch.save(state, buffer)
         with open(temporary, "wb") as file:
-            file.write(content)
+            file.write(buffer.getbuffer())
             file.flush()
             sync(file.fileno())
         os.replace(temporary, os.path.join(folder, name))
@@ -1354,7 +1350,7 @@ def save(agent: PPOAgent, *names: str, mid_rollout: bool = False) -> None:
         descriptor = os.open(folder, os.O_RDONLY)
         sync(descriptor)
         os.close(descriptor)
-    agent.best, agent.save_time = None, time.monotonic()
+    agent.best, agent.save_time = {}, time.monotonic()
 
 
 def sync(descriptor: int) -> None:

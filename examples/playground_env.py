@@ -3,7 +3,7 @@
     pip install -r requirements.txt playground "jax[cuda12]"
     python train_ppo.py --env-id examples.playground_env:CartpoleBalance
 
-Without a GPU leave out "jax[cuda12]". JAX compiles for a minute first; tasks with a robot clone
+Without a GPU leave out "jax[cuda12]". JAX compiles first; tasks with a robot clone
 its meshes from GitHub. A done puts an environment back to the state of its first reset at once.
 """
 
