@@ -225,6 +225,13 @@ def test_a_folder_continues_and_a_file_or_a_name_that_is_taken_starts_a_new_one(
     assert harness.snapshot("runs/r") == before
 
 
+def test_a_new_run_has_no_mean_reward_of_the_one_before(here):
+    run(*SMALL, "--experiment=r", env=dict(lengths=8))
+    flags, env = ("--max-epochs=5", "--save-frequency=0"), dict(lengths=99)
+    assert "rewards/iter" in run("--checkpoint=runs/r", *flags, env=env).curves
+    assert "rewards/iter" not in run("--checkpoint=runs/r/nn/epoch_4.pth", *flags, env=env).curves
+
+
 def flip(content, place):
     return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
@@ -333,8 +340,9 @@ def test_a_learning_rate_that_is_given_is_used(here):
     adapted = run(*SMALL, "--experiment=r").state()["optimizer"]["param_groups"][0]["lr"]
     assert adapted > 0.001
     file, given = "--checkpoint=runs/r/nn/epoch_4.pth", "--learning-rate=0.0003"
-    again = ("--experiment=r", "--resume", given)
-    for flags, rate in ((again, adapted), ((file,), adapted), ((file, given), 0.0003)):
+    again, new = ("--experiment=r", "--resume", given), (file, "--experiment=s", "--resume", given)
+    cases = ((again, adapted), ((file,), adapted), ((file, given), 0.0003), (new, 0.0003))
+    for flags, rate in cases:
         done = run(*SMALL, "--max-epochs=5", "--lr-schedule=fixed", *flags)
         assert done.curves["info/last_lr"][-1][1] == pytest.approx(rate)
 
@@ -460,12 +468,14 @@ def test_last_is_of_the_last_whole_epoch_if_the_env(name, here):
 
 
 def test_bad_weights_are_saved_nowhere(here):
-    """What turns bad in an update costs the epochs since the last save."""
-    spoil = At(3, lambda algo: algo.model.a2c_network.sigma.data.fill_(-120.0))
-    done = run(*SMALL, "--experiment=r", observers=[spoil], code=1)
-    assert re.match("error: NaN or Inf in losses/a_loss, .* of the update, epoch 3\n", done.err)
-    assert done.files == ["epoch_2.pth", "last.pth"]
-    assert done.state()["epoch"] == 2 and not_finite(done.state()) == []
+    """What turns bad in an update costs the epochs since the last save, but for the best one."""
+    spoil = At(4, lambda algo: algo.model.a2c_network.sigma.data.fill_(-120.0))
+    env = dict(infos=scores(1, 2, 3, 4), lengths=8)
+    done = run(*SMALL, *BY_SCORE, "--experiment=r", env=env, observers=[spoil], code=1)
+    assert re.match("error: NaN or Inf in losses/a_loss, .* of the update, epoch 4\n", done.err)
+    assert done.files == ["best.pth", "epoch_2.pth", "last.pth"]
+    assert (done.state()["epoch"], done.state("best.pth")["epoch"]) == (2, 3)
+    assert not_finite(done.state()) == not_finite(done.state("best.pth")) == []
 
 
 def test_a_signal_two_seconds_after_the_first_interrupts_the_epoch(here, monkeypatch):
@@ -643,6 +653,7 @@ REFUSALS = [  # flags, message
     ("--minibatch-size=100", "--minibatch-size must be > 1 and divide num_envs x num_steps = 256"),
     ("--env-id=Ant", "--env-id Ant needs Isaac Gym"),
     ("--env-id=no_such_module:f", "No module named 'no_such_module'"),
+    ("--env-id=harness:typo", "--env-id harness:typo: harness has no typo"),
     ("--device=gpu", "--device gpu cannot be used"),
     ("--resume", "--resume needs --experiment NAME"),
     *((f"--checkpoint={name}.pth", f"{name}.pth cannot be used") for name in UNREADABLE.split()),
@@ -654,6 +665,7 @@ REFUSALS = [  # flags, message
     ("--checkpoint=runs/r --units 8", MISFIT),
     ("--checkpoint=runs/r --init-from=runs/r", "give one of them"),
     ("--checkpoint=runs/r --experiment=new", "give a .pth file for a new one"),
+    ("--checkpoint=runs/r --experiment=new --resume", "give a .pth file for a new one"),
 ]
 
 

@@ -62,6 +62,7 @@ ISAACGYM_ERROR = ""
 try:
     vars(np).setdefault("float", float)  # isaacgym uses np.float, which numpy 1.24 has removed
     import isaacgym  # noqa: F401
+    import isaacgymenvs  # noqa: F401
 except Exception as exc:  # most often: it is not installed
     ISAACGYM_ERROR = str(exc)
 
@@ -122,7 +123,7 @@ class Args:
     max_epochs: Count = 100  # rollouts and updates in all, earlier parts of the run included
     save_frequency: int = 25  # epochs between the periodic checkpoints; 0: none
     save_best_after: int = 50  # first epoch that may write best.pth
-    best_metric: str = ""  # tag whose highest value is best.pth, as Episode/success; "": reward
+    best_metric: str = ""  # tag that best.pth maximises, such as Episode/success; "": mean reward
     games_to_track: Count = 100  # finished episodes in the mean reward, at most
     strict_observers: bool = False  # an observer that raises ends training, for debugging it
 
@@ -167,7 +168,7 @@ class Args:
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of all that was seen, in float64. It starts with count 1, mean 0, var 1."""
+    """Mean and variance of everything seen so far, in float64; at first count 1, mean 0, var 1."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -198,8 +199,8 @@ class RunningMeanStd(nn.Module):
 
 
 class TransposedLinear(nn.Linear):
-    """nn.Linear on a transposed copy of its weights, because on a CPU, with few inputs, autograd is
-    seven times faster at their gradient."""
+    """nn.Linear on a transposed copy of its weights: on a CPU, with few inputs, their gradient is
+    seven times faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
@@ -383,7 +384,7 @@ def gae(rewards: Tensor, values: Tensor, dones: Tensor, last_value: Tensor, args
 #     values      (n,)        as predicted in the rollout
 #     returns     (n,)        what the value function learns: advantages + values
 #     advantages  (n,)        how much better the action was than expected
-#     mus         (n, A)      mean actions at the last pass over these rows; first, when sampled
+#     mus         (n, A)      mean actions when last trained on; in the first pass, when sampled
 #     sigmas      (n, A)      and their standard deviations
 #
 # and the rollout's rewards, dones and time_outs (n,), which the update does not use.
@@ -393,7 +394,7 @@ Batch = Dict[str, Tensor]
 def make_batch(buffer: Dict[str, Tensor], advantages: Tensor) -> Batch:
     """A rollout and its advantages (T, E) as N rows, and the returns that follow from them."""
     returns = advantages + buffer["values"]
-    # Subtracting the values again looks idle, but repeats rl_games' rounding to the last bit.
+    # Subtracting the values again looks redundant, but rounds as rl_games does, to the last bit.
     columns = dict(buffer, returns=returns, advantages=returns - buffer["values"])
     # (T, E, ...) -> (N, ...), one environment after the other, as rl_games has them. With thousands
     # of environments a contiguous piece is mixed enough, and nothing is shuffled.
@@ -415,9 +416,9 @@ def normalize_batch(model: ActorCritic, batch: Batch, args: Args) -> Batch:
 
 
 def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Any, ...]:
-    """The loss to minimise (), mu and sigma of the policy (n, A), and a dict of scalars for the log
-    by rl_games' names, of which "kl" is from the policy of the previous pass to this one. The
-    policy is improved by the clipped surrogate (Schulman et al. 2017, equation 7):
+    """The loss to minimise (), mu and sigma of the policy (n, A), and a dict of scalars to log,
+    under rl_games' names; "kl" is the divergence from the policy of the previous pass. The policy
+    is improved by the clipped surrogate (Schulman et al. 2017, equation 7):
 
         L_clip = mean(min(ratio * A, clip(ratio, 1 - clip_coef, 1 + clip_coef) * A))
 
@@ -434,8 +435,8 @@ def ppo_loss(model: ActorCritic, batch: Batch, args: Args) -> Tuple[Any, ...]:
     clipped = batch["advantages"] * clipped_ratio
     policy_loss = -torch.where(surrogate > clipped, clipped, surrogate).mean()
 
-    # Moving a value more than clip_coef, in normalised units, from the old one lowers no loss.
-    # rl_games and the original code do it; Andrychowicz et al. 2020 found that it does not help.
+    # Moving a value more than clip_coef, in normalised units, from the old one gains nothing.
+    # rl_games and the original code clip so; Andrychowicz et al. 2020 found that it does not help.
     value_loss = (value - batch["returns"]).square()
     if args.clip_vloss:
         change = (value - batch["values"]).clamp(-args.clip_coef, args.clip_coef)
@@ -535,7 +536,6 @@ class PPOAgent:
         self.best: Dict[str, Any] = {}  # the state for best.pth, until it is written
         self.save_time = -math.inf  # when a file was last saved
         self.stop_signal = 0  # the number of the signal that asked to stop after this epoch
-        self.policy_metadata = getattr(env, "policy_metadata", dict)()
 
         self.model = ActorCritic(env.num_obs, env.num_acts, args, self.num_states).to(self.device)
         # The learning rate is a tensor, which the fused optimizer reads without waiting for a GPU.
@@ -683,7 +683,7 @@ class Cartpole:
         self.reset_range = torch.tensor([[0.2], [0.5], [0.2], [0.5]], device=device)
 
     def reset(self) -> Dict[str, Tensor]:
-        """The present observations. As in IsaacGymEnvs it is the first step that resets."""
+        """The current observations. As in IsaacGymEnvs it is the first step that resets."""
         return {"obs": self.state.t().clamp(-self.clip_obs, self.clip_obs)}
 
     def step(self, actions: Tensor):
@@ -735,7 +735,10 @@ def make_env(args: Args, seed: int):
     """The environment of --env-id. Call it once: Isaac Gym allows one simulation per process."""
     device = pick_device(args.device)
     if ":" in args.env_id:
-        factory = getattr(import_env_module(args.env_id), args.env_id.partition(":")[2])
+        module, _, name = args.env_id.partition(":")
+        factory = getattr(import_env_module(args.env_id), name, None)
+        if factory is None:
+            raise UserError(f"--env-id {args.env_id}: {module} has no {name}")
         env = factory(num_envs=args.num_envs, device=str(device), seed=seed)
         check_env(env, args, device)
         return env
@@ -770,12 +773,11 @@ def check_env(env, args: Args, device: torch.device) -> None:
 
 
 def read_step(step, env, device: torch.device) -> Tuple[Any, ...]:
-    """What env.step returned, as the rollout needs it: observations (E, O + S), rewards, dones and
-    time_outs (E,), the latter two as bool, infos."""
+    """What env.step returned, as the rollout needs it: observations (E, O + S), rewards (E,), dones
+    and time_outs (E,) as bool, and infos."""
     obs, rewards, dones, infos = step
     dones = dones.to(device, torch.bool, copy=True)  # observers keep it; it may be the env's own
-    time_outs = infos["time_outs"] if "time_outs" in infos else torch.zeros_like(dones)
-    time_outs = time_outs.to(device, torch.bool)
+    time_outs = infos.get("time_outs", torch.zeros_like(dones)).to(device, torch.bool)
     return read_obs(obs, env, device), rewards.to(device, torch.float32), dones, time_outs, infos
 
 
@@ -837,8 +839,8 @@ PLACES = {
     "network.space.continuous.sigma_init.val": "sigma_init",
     "central.network.mlp.units": "critic_units",  # central: config.central_value_config
 }
-# What is supported with this value alone; a key is the last two words of its place. Any other key
-# in a network or a reward_shaper is refused.
+# Settings that are supported with one value alone, by the last two words of their place. Any other
+# key in a network or a reward_shaper is refused.
 REQUIRED = {
     "algo.name": "a2c_continuous",
     "model.name": "continuous_a2c_logstd",
@@ -1016,7 +1018,7 @@ def log_epoch(agent: PPOAgent, metrics, step_time: float, play_time: float, epoc
     agent.algo_observer.call("after_print_stats", frame, epoch, agent.total_time)
     score = writer.scalars.get(args.best_metric or "rewards/step", math.nan)
     if metrics["finished"] and math.isnan(score):
-        warn(f"--best-metric {args.best_metric} is not in an epoch: TensorBoard shows the tags")
+        warn(f"--best-metric {args.best_metric} was not logged: TensorBoard shows the tags")
     writer.end_epoch()
     left = timedelta(seconds=int(epoch_time * (args.max_epochs - epoch)))
     rates = f"lr {metrics['info/last_lr']:.1e} fps {agent.frames_per_epoch / epoch_time:,.0f}"
@@ -1102,14 +1104,14 @@ class RLGPUAlgoObserver(AlgoObserver):
                 value = value.to(self.algo.device, torch.float32, copy=True)
                 self.steps[key].append((value.nan_to_num(0.0, 0.0, 0.0), self.algo.dones))
             elif is_number or is_tensor:  # other things are not for the log
-                number = torch.as_tensor(value, dtype=torch.float32, device=self.algo.device)
+                number = torch.as_tensor(value, dtype=torch.float32)
                 self.values[tag].append(number.detach().flatten().clone())
 
     def means(self) -> Dict[str, float]:
         """What the environments have reported since the last call, by tag without its axis."""
         found = {}
         for tag, values in self.values.items():
-            numbers = torch.cat(values)
+            numbers = torch.cat([value.to(self.algo.device) for value in values])
             numbers = numbers[numbers.isfinite()]  # the mean over no episodes is NaN
             if len(numbers):
                 found[tag] = float(numbers.mean())
@@ -1180,7 +1182,7 @@ class WandbAlgoObserver(AlgoObserver):
 
 
 def in_time(call, seconds: float) -> bool:
-    """Call in a thread that is waited for no longer than this. Whether it came to its end."""
+    """Run call() in a thread and wait at most this long. True if it has ended."""
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -1195,9 +1197,9 @@ class MultiObserver:
         self.observers = list(observers)
         self.strict = strict
         # Ours uses the mask; another one that has a process_infos of its own may want the indices.
-        ours = (AlgoObserver.process_infos, RLGPUAlgoObserver.process_infos)
-        hooks = [getattr(type(observer), "process_infos", None) for observer in self.observers]
-        self.needs_done_indices = any(hook not in ours for hook in hooks)
+        ours = {AlgoObserver.process_infos, RLGPUAlgoObserver.process_infos, None}
+        hooks = {getattr(type(observer), "process_infos", None) for observer in self.observers}
+        self.needs_done_indices = not hooks <= ours
 
     def call(self, hook: str, *args) -> None:
         for observer in list(self.observers):
@@ -1229,7 +1231,7 @@ def agent_state(agent: PPOAgent, mid_rollout: bool = False) -> Dict[str, Any]:
     env, episodes, device = agent.env, agent.episodes, agent.device
     optimizer = agent.optimizer.state_dict()
     optimizer["param_groups"][0].update(lr=float(agent.lr), fused=None)  # as rl_games has them
-    # In the middle of a rollout an exact state fits neither obs nor rng; a curriculum's level does.
+    # In mid-rollout an exact state no longer fits obs and rng; a curriculum's level still does.
     fits = not (mid_rollout and getattr(env, "exact_state", False))
     env_state = env.get_env_state() if fits and hasattr(env, "get_env_state") else None
     return dict(
@@ -1240,7 +1242,7 @@ def agent_state(agent: PPOAgent, mid_rollout: bool = False) -> Dict[str, Any]:
         num_acts=int(env.num_acts),
         num_states=agent.num_states,
         clip_obs=float(getattr(env, "clip_obs", None) or math.inf),
-        policy_metadata=agent.policy_metadata,
+        policy_metadata=getattr(env, "policy_metadata", dict)(),
         wandb_run_id=agent.config["wandb_run_id"],
         device=device.type,
         processes=WORLD_SIZE,
@@ -1285,13 +1287,13 @@ def restore_agent(agent: PPOAgent, state: Dict[str, Any], path: str) -> bool:
     agent.epoch_num = agent.first_epoch = state["epoch"]
     agent.frame = state["frame"]
     agent.total_time = state["total_time"]
-    # A new run folder has no best yet, and scores of two metrics cannot be compared.
-    if os.path.isdir(args.checkpoint) and state["args"].get("best_metric") == args.best_metric:
-        agent.best_score = state["last_mean_rewards"]
-        agent.best_epoch = state["best_epoch"]
-    agent.episodes.mean = state["episodes"]["mean"]
-    agent.episodes.count = state["episodes"]["count"]
-    agent.mean_rewards = float(agent.episodes.mean[0]) if agent.episodes.count else -math.inf
+    if os.path.isdir(args.checkpoint):  # a new run may have another reward: it has no mean yet
+        agent.episodes.mean = state["episodes"]["mean"]
+        agent.episodes.count = state["episodes"]["count"]
+        agent.mean_rewards = float(agent.episodes.mean[0]) if agent.episodes.count else -math.inf
+        if state["args"].get("best_metric") == args.best_metric:  # else they cannot be compared
+            agent.best_score = state["last_mean_rewards"]
+            agent.best_epoch = state["best_epoch"]
     # The state of an env without exact_state does not depend on num_envs: a curriculum's level.
     exact_state, saved = getattr(env, "exact_state", False), state["env_state"] is not None
     one_process = WORLD_SIZE == 1 and state["processes"] == 1
@@ -1326,9 +1328,9 @@ def save_checkpoints(agent: PPOAgent, score: float, finished: float) -> None:
 
 
 def save(agent: PPOAgent, *names: str, mid_rollout: bool = False) -> None:
-    """Save, in rank 0, files of these names, and before them best.pth if it waits. Each file is
-    always whole, even after a power cut."""
-    if RANK != 0:
+    """Save files of these names (rank 0 only), after a best.pth that is still waiting. Each file
+    is always whole, even after a power cut."""
+    if RANK != 0 or not (names or agent.best):
         return
     with contextlib.suppress(OSError):
         agent.writer.flush()  # the curve on disk is never behind the checkpoint
@@ -1354,7 +1356,7 @@ def save(agent: PPOAgent, *names: str, mid_rollout: bool = False) -> None:
 
 
 def sync(descriptor: int) -> None:
-    """os.fsync, but for file systems that do not have it, such as some network drives."""
+    """os.fsync that tolerates file systems without it, such as some network drives."""
     try:
         os.fsync(descriptor)
     except OSError as exc:
@@ -1386,18 +1388,16 @@ def find_checkpoint(path: str) -> Tuple[str, Dict[str, Any]]:
     """(file, content) of a file, or of a run folder's readable file with the highest epoch."""
     if not os.path.isdir(path):
         return path, load_checkpoint(path)
-    # last.pth and best.pth, then epoch_<N>.pth from the highest N down.
-    files = glob.glob(os.path.join(glob.escape(path), "nn", "*.pth"))
-    numbers = [re.sub(r"\D", "", os.path.basename(file)) for file in files]
-    ranked = sorted(zip((int(number or 10**9) for number in numbers), files), reverse=True)
+    # epoch_<N>.pth from the lowest N up, then best.pth and last.pth.
+    files = sorted(glob.glob(os.path.join(glob.escape(path), "nn", "*.pth")))
+    files.sort(key=lambda file: int(re.sub(r"\D", "", os.path.basename(file)) or 10**9))
     readable = []
-    for _, file in ranked:
+    while files and len(readable) < 3:  # the others are older
+        file = files.pop()
         try:
             readable.append((file, load_checkpoint(file)))
         except UserError as exc:
-            warn(f"skipped: {exc.code}")
-        if len(readable) == 3:
-            break  # the others are older
+            warn(str(exc.code).replace("error:", "skipped:"))
     if not readable:
         raise UserError(f"{shown(path)} has no readable checkpoint in nn/")
     # Of two files of the same epoch, one with the env's state is better.
@@ -1545,6 +1545,7 @@ def train(agent: PPOAgent, state: Optional[Dict[str, Any]], path: str) -> None:
     finally:
         observer.call("close")
         agent.writer.end_epoch()  # what observers wrote when they closed
+        save(agent)  # best.pth, if it still waits because of an error
         lock.close()
         with contextlib.suppress(OSError):
             agent.writer.close()
@@ -1600,9 +1601,9 @@ def report(agent: PPOAgent) -> Dict[str, Any]:
         log(f"evaluate  python {shown(tool)} {folder}{env}")
     log(f"continue  {launcher} {shown(os.path.abspath(script))} --checkpoint {folder}{more}{env}")
     log(f"curves    tensorboard --logdir {folder}/summaries")
-    best = dict(best_score=agent.best_score, best_epoch=agent.best_epoch)
-    end = dict(epoch=agent.epoch_num, mean_reward=agent.mean_rewards, stop_signal=signum)
-    return dict(run_dir=run_dir, **end, **best)
+    result = dict(run_dir=run_dir, epoch=agent.epoch_num, mean_reward=agent.mean_rewards)
+    result.update(best_score=agent.best_score, best_epoch=agent.best_epoch, stop_signal=signum)
+    return result
 
 
 def passed_on(first: str) -> List[str]:
@@ -1632,7 +1633,8 @@ def parse_args(argv: Sequence[str]) -> Tuple[Args, str, Any]:
         if getattr(first, name):  # an env may change the working directory
             setattr(first, name, os.path.abspath(getattr(first, name)))
     folder = os.path.join(first.train_dir, first.experiment)
-    if first.resume and glob.glob(os.path.join(glob.escape(folder), "nn", "*.pth")):
+    resumes = first.resume and glob.glob(os.path.join(glob.escape(folder), "nn", "*.pth"))
+    if resumes:
         first.checkpoint, first.init_from = folder, ""
     source = first.checkpoint or first.init_from
     path, state = find_checkpoint(source) if source else ("", None)
@@ -1652,8 +1654,8 @@ def parse_args(argv: Sequence[str]) -> Tuple[Args, str, Any]:
     args = replace(args, **paths)
     if ":" in args.env_id and args.env_id != first.env_id:  # a checkpoint must not name code
         raise UserError(f"{path} was trained on your own env: repeat --env-id {args.env_id}")
-    # Else the checkpoint's rate goes on. The flags of --resume are those of the first start.
-    if args.checkpoint and "__learning_rate" in given and not args.resume:
+    # Otherwise the checkpoint's rate goes on. A run that is resumed repeats its first flags.
+    if args.checkpoint and "__learning_rate" in given and not resumes:
         state["optimizer"]["param_groups"][0]["lr"] = args.learning_rate
     check_args(args)
     return args, path, state
@@ -1673,19 +1675,21 @@ def check_args(args: Args) -> None:
         raise UserError("--checkpoint continues, --init-from starts anew: give one of them")
     if args.resume and not args.experiment:
         raise UserError("--resume needs --experiment NAME")
-    if args.experiment and os.path.isdir(args.checkpoint) and not args.resume:
+    folder = os.path.join(args.train_dir, args.experiment)
+    if args.experiment and os.path.isdir(args.checkpoint) and args.checkpoint != folder:
         raise UserError("a run folder continues under its own name; give a .pth file for a new one")
 
 
 def main(argv: Optional[Sequence[str]] = None, observers: Sequence[Any] = ()) -> Dict[str, Any]:
     """The command. `observers` are yours, called after RLGPUAlgoObserver and before W&B's. Returns
-    what `report` returns; exits with 128 + the signal's number if a signal stopped it."""
+    what `report` returns, or exits: after a signal with 128 + its number, with gloo in any case."""
     warn.cache_clear()
     args, path, state = parse_args(sys.argv[1:] if argv is None else argv)
     wandb = [WandbAlgoObserver()] if args.track else []  # last: it sends what the others wrote
     everyone = [RLGPUAlgoObserver(), *observers, *wandb] if RANK == 0 else []
     result = run(args, MultiObserver(everyone, args.strict_observers), path, state)
-    code = 128 + result["stop_signal"] if result["stop_signal"] else 0
+    # torchrun ends all processes as soon as one fails, but rank 0 may still be saving.
+    code = 128 + result["stop_signal"] if result["stop_signal"] and RANK == 0 else 0
     if dist.is_initialized():  # gloo, which in torch 2.4 may hang or abort in Python's own exit
         os._exit(code)
     if code:

@@ -474,6 +474,10 @@ def median(runs, key):
     return statistics.median(math.inf if run[key] is None else run[key] for run in runs)
 
 
+def reference(names):
+    return "rl_games" if "rl_games" in names else names[0]
+
+
 def table(results, names, which):
     """Markdown, of medians; results[name] are the runs."""
     target = TARGETS[which]
@@ -481,11 +485,11 @@ def table(results, names, which):
     if math.isfinite(target):
         header += [f"seconds to {target:.0f}", f"env steps to {target:.0f}"]
     rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
-    ours = median(results[names[0]], "env_steps_per_second")
+    base = median(results[reference(names)], "env_steps_per_second")
     for name in names:
         runs = results[name]
         rate = median(runs, "env_steps_per_second")
-        row = [name, f"{rate / 1000:.0f}k ({rate / ours:.2f})", f"{median(runs, 'peak_mb'):.0f}"]
+        row = [name, f"{rate / 1000:.0f}k ({rate / base:.2f})", f"{median(runs, 'peak_mb'):.0f}"]
         if math.isfinite(target):
             seconds, env_steps = (median(runs, f"{x}_to_target") for x in ("seconds", "env_steps"))
             reached = math.isfinite(seconds)
@@ -544,7 +548,7 @@ def main():
                 found.update(result["versions"])
     print(table(results, names, which), end="\n\n")
     what = f"{options.threads} thread{'s' if options.threads > 1 else ''}"
-    print(f"Medians of {options.repeats} runs, {what}; in brackets relative to {names[0]}.")
+    print(f"Medians of {options.repeats} runs, {what}; in brackets relative to {reference(names)}.")
     packages = ", ".join(f"{package} {version}" for package, version in found.items())
     print(f"{describe_machine()}; {packages}.")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -241,6 +242,12 @@ def test_what_cannot_be_trained_is_one_line(words, isaacgym):
 
 def test_sim_torch_is_the_built_in_cartpole(isaacgym):
     assert command("--env-id=Cartpole --sim=torch --max-epochs=1").state()["num_obs"] == 4
+
+
+def test_isaacgym_without_its_tasks_is_one_line(isaacgym):
+    shutil.rmtree("isaacgymenvs")
+    error = command("--env-id=Ant", call=refused, script=SCRIPT)
+    assert "needs Isaac Gym, which fails: No module named 'isaacgymenvs'" in error
 
 
 def test_isaacgym_imported_too_late_says_why(isaacgym):

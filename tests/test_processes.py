@@ -54,7 +54,7 @@ def test_processes_train_one_policy_stop_together_and_continue(here):
     noise of the first epoch; the number of processes may change."""
     envs = (dict(lengths=4, infos={"rank": 0.0}), dict(lengths=2, infos={"rank": 1.0}))
     envs[1].update(kill_at=EPOCH_4, kill=signal.SIGTERM)
-    first, second = processes(*FLAGS, "--max-epochs=9", envs=envs, codes=(143, 143))
+    first, second = processes(*FLAGS, "--max-epochs=9", envs=envs, codes=(143, 0))
     assert "2 x cpu, 16 envs" in first.out and "continue  torchrun" in first.out
     assert (second.out, second.err) == ("", ""), "rank 0 alone speaks"
     for epoch in (1, 2, 3, 4):

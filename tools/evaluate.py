@@ -5,7 +5,8 @@
     python tools/evaluate.py runs/NAME --film policy.gif  film it instead; with --json, do both
 
 The second episode of each environment counts. Its first one may have begun before, and the first N
-of all to end would be the short ones. The environment's metrics are those of the same episodes.
+of all to end would be the short ones. The environment's metrics are those of the same episodes;
+one number for all environments is its mean while any of them runs.
 """
 
 import json
