@@ -536,6 +536,7 @@ class PPOAgent:
         self.best: Dict[str, Any] = {}  # the state for best.pth, until it is written
         self.save_time = -math.inf  # when a file was last saved
         self.stop_signal = 0  # the number of the signal that asked to stop after this epoch
+        self.policy_metadata = getattr(env, "policy_metadata", dict)()
 
         self.model = ActorCritic(env.num_obs, env.num_acts, args, self.num_states).to(self.device)
         # The learning rate is a tensor, which the fused optimizer reads without waiting for a GPU.
@@ -1242,7 +1243,7 @@ def agent_state(agent: PPOAgent, mid_rollout: bool = False) -> Dict[str, Any]:
         num_acts=int(env.num_acts),
         num_states=agent.num_states,
         clip_obs=float(getattr(env, "clip_obs", None) or math.inf),
-        policy_metadata=getattr(env, "policy_metadata", dict)(),
+        policy_metadata=agent.policy_metadata,
         wandb_run_id=agent.config["wandb_run_id"],
         device=device.type,
         processes=WORLD_SIZE,
@@ -1636,6 +1637,8 @@ def parse_args(argv: Sequence[str]) -> Tuple[Args, str, Any]:
     resumes = first.resume and glob.glob(os.path.join(glob.escape(folder), "nn", "*.pth"))
     if resumes:
         first.checkpoint, first.init_from = folder, ""
+    elif first.experiment and os.path.isdir(first.checkpoint):
+        raise UserError("a run folder continues under its own name; give a .pth file for a new one")
     source = first.checkpoint or first.init_from
     path, state = find_checkpoint(source) if source else ("", None)
     given = {word.partition("=")[0].replace("-", "_") for word in argv}
@@ -1675,9 +1678,6 @@ def check_args(args: Args) -> None:
         raise UserError("--checkpoint continues, --init-from starts anew: give one of them")
     if args.resume and not args.experiment:
         raise UserError("--resume needs --experiment NAME")
-    folder = os.path.join(args.train_dir, args.experiment)
-    if args.experiment and os.path.isdir(args.checkpoint) and args.checkpoint != folder:
-        raise UserError("a run folder continues under its own name; give a .pth file for a new one")
 
 
 def main(argv: Optional[Sequence[str]] = None, observers: Sequence[Any] = ()) -> Dict[str, Any]:
