@@ -1687,10 +1687,17 @@ def main(argv: Optional[Sequence[str]] = None, observers: Sequence[Any] = ()) ->
     args, path, state = parse_args(sys.argv[1:] if argv is None else argv)
     wandb = [WandbAlgoObserver()] if args.track else []  # last: it sends what the others wrote
     everyone = [RLGPUAlgoObserver(), *observers, *wandb] if RANK == 0 else []
-    result = run(args, MultiObserver(everyone, args.strict_observers), path, state)
-    # torchrun ends all processes as soon as one fails, but rank 0 may still be saving.
-    code = 128 + result["stop_signal"] if result["stop_signal"] and RANK == 0 else 0
-    if dist.is_initialized():  # gloo, which in torch 2.4 may hang or abort in Python's own exit
+    try:
+        result = run(args, MultiObserver(everyone, args.strict_observers), path, state)
+        # torchrun ends all processes as soon as one fails, but rank 0 may still be saving.
+        code = 128 + result["stop_signal"] if result["stop_signal"] and RANK == 0 else 0
+    except BaseException as exc:
+        if not dist.is_initialized():
+            raise
+        message = exc if isinstance(exc, UserError) else traceback.format_exc()
+        print(message, file=sys.stderr, flush=True)
+        code = 1
+    if dist.is_initialized():  # gloo's threads may hang or abort in Python's own exit
         os._exit(code)
     if code:
         sys.exit(code)
