@@ -28,6 +28,7 @@ Shapes: T = num_steps, E = num_envs, N = T * E, O = num_obs, A = num_acts; S = n
 0 unless the environment has privileged states for the critic.
 """
 
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -1499,6 +1500,8 @@ def run(args: Args, observer: MultiObserver, path: str = "", state=None) -> Dict
         torch.cuda.set_device(device)
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type != "cuda":
+            atexit.register(leave, 1)  # if it ends by an error
     # A run that is continued must not draw the random numbers of its first epochs again.
     epoch = state["epoch"] if args.checkpoint else 0
     seed = (args.seed + RANK + 1_000_003 * epoch) % 2**31
@@ -1513,7 +1516,7 @@ def run(args: Args, observer: MultiObserver, path: str = "", state=None) -> Dict
     finally:
         if hasattr(env, "close"):
             env.close()
-        if WORLD_SIZE > 1 and device.type == "cuda":  # gloo needs no farewell, and may hang in it
+        if WORLD_SIZE > 1 and device.type == "cuda":  # gloo may hang in it, see `leave`
             dist.destroy_process_group()
 
 
@@ -1680,6 +1683,18 @@ def check_args(args: Args) -> None:
         raise UserError("--resume needs --experiment NAME")
 
 
+def leave(code: int) -> None:
+    """Python's own exit without its last part, in which it may hang or abort while a thread of gloo
+    frees a tensor."""
+    atexit.unregister(leave)
+    with contextlib.suppress(Exception):
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # it may be closed
+            stream.flush()
+    os._exit(code)
+
+
 def main(argv: Optional[Sequence[str]] = None, observers: Sequence[Any] = ()) -> Dict[str, Any]:
     """The command. `observers` are yours, called after RLGPUAlgoObserver and before W&B's. Returns
     what `report` returns, or exits: after a signal with 128 + its number, with gloo in any case."""
@@ -1687,18 +1702,11 @@ def main(argv: Optional[Sequence[str]] = None, observers: Sequence[Any] = ()) ->
     args, path, state = parse_args(sys.argv[1:] if argv is None else argv)
     wandb = [WandbAlgoObserver()] if args.track else []  # last: it sends what the others wrote
     everyone = [RLGPUAlgoObserver(), *observers, *wandb] if RANK == 0 else []
-    try:
-        result = run(args, MultiObserver(everyone, args.strict_observers), path, state)
-        # torchrun ends all processes as soon as one fails, but rank 0 may still be saving.
-        code = 128 + result["stop_signal"] if result["stop_signal"] and RANK == 0 else 0
-    except BaseException as exc:
-        if not dist.is_initialized():
-            raise
-        message = exc if isinstance(exc, UserError) else traceback.format_exc()
-        print(message, file=sys.stderr, flush=True)
-        code = 1
-    if dist.is_initialized():  # gloo's threads may hang or abort in Python's own exit
-        os._exit(code)
+    result = run(args, MultiObserver(everyone, args.strict_observers), path, state)
+    # torchrun ends all processes as soon as one fails, but rank 0 may still be saving.
+    code = 128 + result["stop_signal"] if result["stop_signal"] and RANK == 0 else 0
+    if dist.is_initialized():
+        leave(code)
     if code:
         sys.exit(code)
     return result

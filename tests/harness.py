@@ -129,7 +129,7 @@ def start(*flags, env=None, environ=(), cwd=".", script=SCRIPT):
     if env is not None:
         flags = ("--env-id=harness:make_env", *flags)
     environ = {"TEST_ENV": json.dumps(env or {}), "WANDB_MODE": "offline", **dict(environ)}
-    environ = {**os.environ, **environ}
+    environ = {**os.environ, **environ, "PYTHONUNBUFFERED": ""}
     environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     environ.pop("WANDB_SERVICE", None)  # that of the tests' own process, which ends with it
     words = [sys.executable, str(script), *map(str, flags)]

@@ -1,5 +1,6 @@
 """Several processes, joined by gloo: they train one policy, and end together."""
 
+import atexit
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import train_ppo
 
 SPY = "--env-id=test_processes:make_spy"
 FLAGS = (SPY, "--num-envs=16", "--num-steps=8", "--save-frequency=0", "--experiment=r")
+GOODBYE = "exit hooks are called\n"
 EPOCH_4 = 2 + 3 * 8  # the step of an Env with which it begins; step 1 is the check of the env
 
 
@@ -34,6 +36,7 @@ class Spy(Env):
 
 
 def make_spy(num_envs, device, seed):
+    atexit.register(print, GOODBYE[:-1])  # W&B and multiprocessing have some
     return Spy(num_envs, device, seed, **json.loads(os.environ["TEST_ENV"]))
 
 
@@ -61,7 +64,7 @@ def test_processes_train_one_policy_stop_together_and_continue(here):
     envs[1].update(kill_at=EPOCH_4, kill=signal.SIGTERM)
     first, second = processes(*FLAGS, "--max-epochs=9", envs=envs, codes=(143, 0))
     assert "2 x cpu, 16 envs" in first.out and "continue  torchrun" in first.out
-    assert (second.out, second.err) == ("", ""), "rank 0 alone speaks"
+    assert (second.out, second.err) == (GOODBYE, ""), "rank 0 alone speaks"
     for epoch in (1, 2, 3, 4):
         assert differences(noted(epoch, 0), noted(epoch, 1)) == [".obs"]
     state, curves = first.state(), first.curves
@@ -94,6 +97,7 @@ def test_a_process_that_dies_or_goes_bad_ends_the_others(trouble, here):
     both = processes(*FLAGS, "--max-epochs=99", envs=({}, env), codes=(1, code))
     for done, message in zip(both, messages):
         assert message in done.err
+        assert done.code != 1 or done.out.endswith(GOODBYE)
     state = both[0].state()
     assert state["epoch"] == 3 and all(x.isfinite().all() for x in state["model"].values())
 
