@@ -1501,7 +1501,7 @@ def run(args: Args, observer: MultiObserver, path: str = "", state=None) -> Dict
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type != "cuda":
-            atexit.register(leave, 1)  # if it ends by an error
+            atexit.register(leave, 1)  # for a run that ends by an error
     # A run that is continued must not draw the random numbers of its first epochs again.
     epoch = state["epoch"] if args.checkpoint else 0
     seed = (args.seed + RANK + 1_000_003 * epoch) % 2**31
@@ -1686,7 +1686,7 @@ def check_args(args: Args) -> None:
 def leave(code: int) -> None:
     """Python's own exit without its last part, in which it may hang or abort while a thread of gloo
     frees a tensor."""
-    atexit.unregister(leave)
+    atexit.unregister(leave)  # or else the next lines would call it again
     with contextlib.suppress(Exception):
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
